@@ -1,0 +1,313 @@
+"""Synthetic Llama-shaped checkpoints, written and compared block by block, never as a whole in memory.
+
+Everything here that touches weights is meant to run in a process of its own, see `in_child`: the peak memory
+of the process that starts a measured command can show up in what the kernel reports for that command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32_000
+HEADS, KEY_VALUE_HEADS = 32, 4
+KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
+DEVIATION = 0.02
+RELATIVE_CHANGE = 0.01
+PARTIAL_SHARE = 0.05
+_BLOCK = 2**22  # elements
+_MADE = "made.json"
+
+Bits = NDArray[np.uint16]
+Floats = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls `function` in a fresh process, so that this one stays small."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The tensors of a Llama of so many layers, in the order of the files, and how they fall into shards."""
+
+    layers: int
+    shard_bytes: int
+
+    @classmethod
+    def for_parameters(cls, parameters: float, shard_bytes: int) -> Shape:
+        """The nearest whole number of layers, at least one; the width is TinyLlama's at every size."""
+        empty = cls(0, shard_bytes)
+        layer = cls(1, shard_bytes).parameters - empty.parameters
+        return cls(max(1, round((parameters - empty.parameters) / layer)), shard_bytes)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            tensors |= {
+                f"{prefix}input_layernorm.weight": (HIDDEN,),
+                f"{prefix}self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+                f"{prefix}self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
+                f"{prefix}self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
+                f"{prefix}self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+                f"{prefix}post_attention_layernorm.weight": (HIDDEN,),
+                f"{prefix}mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+                f"{prefix}mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+                f"{prefix}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            }
+        return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+    @property
+    def parameters(self) -> int:
+        return sum(_elements(shape) for shape in self.tensors().values())
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.parameters
+
+    def partial(self) -> list[str]:
+        """Names of the tensors that make up PARTIAL_SHARE of the bytes, spread over the layers."""
+        candidates = [
+            f"model.layers.{i}.self_attn.{kind}_proj.weight" for kind in "qo" for i in range(self.layers)
+        ]
+        count = min(len(candidates), max(1, round(PARTIAL_SHARE * self.parameters / HIDDEN**2)))
+        if count <= self.layers:
+            return [candidates[i * self.layers // count] for i in range(count)]
+        return candidates[:count]
+
+    def partial_bytes(self) -> int:
+        return 2 * sum(_elements(self.tensors()[name]) for name in self.partial())
+
+    def shards(self) -> list[list[str]]:
+        """Names by shard, in order; a shard ends before the tensor that would take it over `shard_bytes`."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, shape in self.tensors().items():
+            size = 2 * _elements(shape)
+            if shards[-1] and filled + size > self.shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        return shards
+
+    def config(self) -> dict[str, Any]:
+        """A config.json that transformers and mergekit take for a LlamaForCausalLM."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KEY_VALUE_HEADS,
+            "vocab_size": VOCABULARY,
+            "hidden_act": "silu",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": DEVIATION,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+
+
+def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[str, Any]:
+    """Writes base, tuned and, where asked for, the model tuned in `Shape.partial` only; in one pass.
+
+    What was made is noted beside the base; folders made before with the same numbers are kept.
+
+    Returns:
+        Parameters, bytes, the share of bf16 values that changed, and the relative change of all matrices
+        together: the norm of tuned less base over that of base.
+    """
+    models = [base, tuned] + ([partial] if partial else [])
+    made = base.with_name(f"{base.name}.{_MADE}")  # beside the model, so that no copy of the model carries it
+    wanted = {"shape": asdict(shape), "models": [model.name for model in models]}
+    if made.exists() and all(model.exists() for model in models):
+        noted: dict[str, Any] = json.loads(made.read_text())
+        if all(noted.get(key) == value for key, value in wanted.items()):
+            return noted
+        made.unlink()
+    for model in models:
+        shutil.rmtree(model, ignore_errors=True)  # else shards of another size would stay among the new ones
+    shards = shape.shards()
+    weight_map: dict[str, str] = {}
+    changed, squared_change, squared_base = 0, 0.0, 0.0
+    touched = set(shape.partial())
+    for model in models:
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "config.json").write_text(json.dumps(shape.config(), indent=2))
+    order = {name: index for index, name in enumerate(shape.tensors())}
+    for number, names in enumerate(shards, 1):
+        file_name = (
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
+        weight_map |= dict.fromkeys(names, file_name)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(model / file_name, "wb")) for model in models]
+            for file in files:
+                file.write(_header(names, shape.tensors()))
+            for name in names:
+                for base_bits, tuned_bits in _blocks(order[name], shape.tensors()[name]):
+                    contents = [base_bits, tuned_bits, tuned_bits if name in touched else base_bits]
+                    for file, bits in zip(files, contents, strict=False):
+                        file.write(bits.data)
+                    changed += int(np.count_nonzero(base_bits != tuned_bits))
+                    if len(shape.tensors()[name]) == 1:
+                        continue  # the gains, all near one, would hide the matrices in the norm
+                    before, after = _widened(base_bits), _widened(tuned_bits)
+                    squared_change += float(np.square(after - before).sum(dtype=np.float64))
+                    squared_base += float(np.square(before).sum(dtype=np.float64))
+    if len(shards) > 1:
+        index = json.dumps({"metadata": {"total_size": shape.bytes}, "weight_map": weight_map}, indent=2)
+        for model in models:
+            (model / "model.safetensors.index.json").write_text(index)
+    noted = wanted | {
+        "parameters": shape.parameters,
+        "layers": shape.layers,
+        "shards": len(shards),
+        "bytes": shape.bytes,
+        "share_of_values_changed": changed / shape.parameters,
+        "relative_change": (squared_change / squared_base) ** 0.5,
+        "partial_tensors": len(touched),
+        "partial_bytes": shape.partial_bytes(),
+        "partial_share_of_bytes": shape.partial_bytes() / shape.bytes,
+    }
+    made.write_text(json.dumps(noted, indent=2))
+    return noted
+
+
+def differing(left: Path, right: Path) -> dict[str, Any]:
+    """Compares two checkpoints, whatever their shards; `right` may be a reminis database.
+
+    Returns:
+        How many bf16 values differ in their bits, out of how many, and the names only one of them has.
+    """
+    mine, found = _Checkpoint(left), _Database(right) if right.suffix == ".db" else _Checkpoint(right)
+    count = total = 0
+    for name in mine.names & found.names:
+        ours, theirs = mine.bits(name), found.bits(name)
+        total += ours.size
+        if ours.size != theirs.size:
+            count += ours.size
+            continue
+        for start in range(0, ours.size, _BLOCK):
+            count += int(np.count_nonzero(ours[start : start + _BLOCK] != theirs[start : start + _BLOCK]))
+    return {"differing_values": count, "values": total, "names_in_one_only": len(mine.names ^ found.names)}
+
+
+def digests(model: Path) -> dict[str, str]:
+    """SHA-256 of each safetensors file of a folder, by name."""
+    found = {}
+    for path in sorted(model.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+        found[path.name] = digest.hexdigest()
+    return found
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _header(names: list[str], shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """The safetensors header: its length in eight bytes, then JSON padded to a multiple of eight."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        end = offset + 2 * _elements(shapes[name])
+        header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _blocks(index: int, shape: tuple[int, ...]) -> Iterator[tuple[Bits, Bits]]:
+    """(base, tuned) of one tensor, block by block.
+
+    The base is normal. The change is a cubed normal: heavy-tailed, since fine-tuning leaves most bf16 values
+    where they were and moves a few by much; normal noise of that size would change over 80 % of them.
+    """
+    generator = np.random.default_rng([20240229, index])
+    scale = np.float32(RELATIVE_CHANGE * DEVIATION / 15**0.5)  # E[x⁶] = 15
+    left = _elements(shape)
+    while left:
+        count = min(left, _BLOCK)
+        weights = generator.standard_normal(count, dtype=np.float32) * np.float32(DEVIATION)
+        if len(shape) == 1:
+            weights += 1  # the gains of the norms
+        base = _rounded(weights)
+        change = generator.standard_normal(count, dtype=np.float32)
+        change *= change * change * scale
+        yield base, _rounded(_widened(base) + change)
+        left -= count
+
+
+def _rounded(values: Floats) -> Bits:
+    """float32 to the bits of bf16, to the nearest, ties to even."""
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+
+
+def _widened(bits: Bits) -> Floats:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+class _Checkpoint:
+    """The 16-bit tensors of the safetensors files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                self._places[name] = (path, 8 + length + start, (end - start) // 2)
+        self.names = set(self._places)
+
+    def bits(self, name: str) -> Bits:
+        path, offset, count = self._places[name]
+        return np.memmap(path, dtype=np.uint16, mode="r", offset=offset, shape=(count,))
+
+
+class _Database:
+    """The tensors of a reminis database, which keeps each as one blob."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        self.names = {str(name) for (name,) in self._connection.execute("SELECT name FROM tensors")}
+
+    def bits(self, name: str) -> Bits:
+        (blob,) = self._connection.execute("SELECT data FROM tensors WHERE name = ?", (name,)).fetchone()
+        return np.frombuffer(blob, dtype=np.uint16)

@@ -1,0 +1,1 @@
+"""Making patches: what a fine-tune changed, as a difference of two checkpoints."""

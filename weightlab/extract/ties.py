@@ -1,0 +1,54 @@
+"""Tied weights: one tensor under two names, which a file may hold once or twice.
+
+Tied input and output embeddings are stored once by some writers and twice by others. A copy that only one of two
+checkpoints stores is no difference between them; it is recognised by its bytes, whatever the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from weightlab.sources import Source
+
+_CHUNK = 2**21
+_GLANCE = 4096
+
+
+def same_bytes(source: Source, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint have equal bytes; unequal ones are mostly told apart by a glance."""
+    size = source.specs[name].nbytes
+    bounds = [0, min(_GLANCE, size), *range(_CHUNK, size, _CHUNK), size]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        first, second = (torch.empty(max(0, stop - start), dtype=torch.uint8) for _ in range(2))
+        source.read(name, start, first)
+        source.read(other, start, second)
+        if not torch.equal(first, second):
+            return False
+    return True
+
+
+def redundant_copy_of(source: Source, name: str, candidates: Iterable[str]) -> str | None:
+    """The tensor among `candidates` that `name` is a redundant copy of; None when there is none.
+
+    Only matrices whose elements differ count: constant tensors are equal by chance, not by tying.
+    """
+    spec = source.specs.get(name)
+    if spec is None or len(spec.shape) != 2 or not spec.numel or _constant(source, name):
+        return None
+    for other in candidates:
+        twin = source.specs.get(other)
+        if other != name and twin is not None and (twin.dtype, twin.shape) == (spec.dtype, spec.shape):
+            if same_bytes(source, name, other):
+                return other
+    return None
+
+
+def _constant(source: Source, name: str) -> bool:
+    """Whether all elements at the beginning are equal; enough to tell zeros and ones from an embedding."""
+    spec = source.specs[name]
+    raw = torch.empty(min(_GLANCE, spec.nbytes) // spec.type.itemsize * spec.type.itemsize, dtype=torch.uint8)
+    source.read(name, 0, raw)
+    rows = raw.reshape(-1, spec.type.itemsize)
+    return bool((rows == rows[0]).all())

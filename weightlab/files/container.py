@@ -1,0 +1,194 @@
+"""The safetensors container: headers read with every rule checked, and written byte for byte the same each time.
+
+Tensor bytes are read and written by offset, never through a map of the whole file. The `safetensors` library,
+the format's reference, has the last word on each header that is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from weightlab.errors import MalformedFileError, MissingInputError
+from weightlab.files.digest import bytes_digest
+from weightlab.tensors.spec import DTYPES, TensorSpec
+
+MAX_HEADER = 100_000_000  # the format's own limit
+_ALIGN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its spec and its bytes' absolute place."""
+
+    spec: TensorSpec
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of one file. `data_start`: where tensor bytes begin; `digest`: BLAKE3 of all bytes before it."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+    file_size: int
+    digest: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[0]!r} appears twice")
+    return result
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parses JSON, refusing duplicate keys and NaN or Infinity.
+
+    Raises:
+        ValueError: says what is wrong (json.JSONDecodeError is one).
+    """
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of one safetensors file; no tensor bytes are touched.
+
+    Raises:
+        MissingInputError: there is no such file.
+        MalformedFileError: names the first rule of the format that is broken, and all tensors that break it.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MissingInputError(f"{path}: {error.strerror}", "check the path") from error
+    try:
+        size = os.fstat(fd).st_size
+        raw = os.pread(fd, 8, 0)
+        if len(raw) < 8:
+            raise _malformed(path, f"{size} bytes are too few for a safetensors file")
+        length = struct.unpack("<Q", raw)[0]
+        if length > MAX_HEADER:
+            raise _malformed(path, f"its header claims {length:,} bytes; the format allows {MAX_HEADER:,}")
+        if 8 + length > size:
+            raise _malformed(path, f"its header claims {length:,} bytes and the file has {size:,}")
+        text = os.pread(fd, length, 8)
+    finally:
+        os.close(fd)
+    if not text.startswith(b"{"):
+        raise _malformed(path, "its header does not begin with '{'")
+    try:
+        tree = strict_json(text)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, f"its header is not proper JSON: {error}") from error
+    metadata = tree.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _malformed(path, "its metadata is not a mapping of strings")
+    entries = _entries(path, tree, 8 + length, size)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _malformed(path, f"the safetensors library refuses it: {error}") from error
+    return Header(entries, metadata, 8 + length, size, bytes_digest(raw + text))
+
+
+def _malformed(path: Path, what: str, offenders: list[str] | None = None) -> MalformedFileError:
+    return MalformedFileError(f"{path}: {what}", "the file is damaged or incomplete: get it again", offenders or ())
+
+
+def _entries(path: Path, tree: Mapping[str, Any], start: int, size: int) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    wrong: list[str] = []
+    for name, value in tree.items():
+        match value:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+                pass
+            case _:
+                wrong.append(f"{name}: not a description of a tensor")
+                continue
+        if dtype not in DTYPES:
+            wrong.append(f"{name}: unknown dtype {dtype!r}")
+        elif not all(type(d) is int and 0 <= d < 2**63 for d in shape):
+            wrong.append(f"{name}: impossible shape {shape}")
+        else:
+            spec = TensorSpec(name, dtype, tuple(shape))
+            if spec.numel * spec.type.bits % 8:
+                wrong.append(f"{spec}: its elements do not fill whole bytes")
+            elif not 0 <= begin <= end <= size - start:
+                wrong.append(f"{spec}: bytes {begin}..{end} are outside the file's {size - start:,} bytes of data")
+            elif end - begin != spec.nbytes:
+                wrong.append(f"{spec}: {end - begin:,} bytes, and its dtype and shape need {spec.nbytes:,}")
+            else:
+                entries[name] = Entry(spec, start + begin)
+    if wrong:
+        raise _malformed(path, f"{len(wrong)} tensors are not described properly", wrong)
+    position = start
+    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset != position:
+            what = "overlaps another tensor" if entry.offset < position else "leaves unused bytes before it"
+            wrong.append(f"{entry.spec}: {what}")
+        position = max(position, entry.offset + entry.nbytes)
+    if wrong:
+        raise _malformed(path, "its tensors do not lie one after the other", wrong)
+    if position != size:
+        raise _malformed(path, f"its tensors end at byte {position:,} and the file at {size:,}")
+    return entries
+
+
+def layout(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, int], int]:
+    """Places tensors one after the other, larger dtypes first and then by name, so that all are aligned.
+
+    Returns:
+        ({name: offset in the data section}, total bytes).
+    """
+    offsets: dict[str, int] = {}
+    position = 0
+    for name in sorted(specs, key=lambda n: (-specs[n].type.bits, n.encode())):
+        offsets[name] = position
+        position += specs[name].nbytes
+    return offsets, position
+
+
+def build_header(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str], *, size: int = 0
+) -> bytes:
+    """The bytes before the data section: length, JSON with sorted keys, spaces up to a multiple of 8.
+
+    Args:
+        offsets: of each tensor in the data section.
+        size: pad to this many bytes (a place that was kept free); must be a multiple of 8 and large enough.
+    """
+    tree: dict[str, Any] = {
+        name: {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[name], offsets[name] + spec.nbytes],
+        }
+        for name, spec in specs.items()
+    }
+    if metadata:
+        tree["__metadata__"] = dict(metadata)
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = max(size - 8, -(-len(text) // _ALIGN) * _ALIGN)
+    if size and padded + 8 != size:
+        raise AssertionError(f"a header of {len(text)} bytes does not fit the {size} kept for it")
+    return struct.pack("<Q", padded) + text.ljust(padded)

@@ -1,0 +1,202 @@
+"""The system calls that change files, in one place, so that errors have one face and a test can record every one.
+
+Data is written at known offsets with short writes continued. A failed fsync is never tried again: after it the
+kernel may have dropped the pages, and a second fsync that succeeds proves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weightlab.errors import IntegrityError, StorageError
+
+Buffer = Any  # bytes, memoryview or a numpy array: whatever os.pwrite takes
+
+# Called as observer(operation, *arguments) after each operation has succeeded; set by tests only.
+observer: Callable[..., None] | None = None
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_COPY_CHUNK = 2**23
+
+
+def _saw(operation: str, *arguments: Any) -> None:
+    if observer is not None:
+        observer(operation, *arguments)
+
+
+@contextmanager
+def storage_errors(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns an OSError into a `StorageError` that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            cause, remedy = "the file size limit is reached", "raise `ulimit -f`"
+        elif error.errno in _FULL:
+            cause, remedy = _FULL[error.errno], "free some space, or write elsewhere"
+        else:
+            cause, remedy = error.strerror or str(error), "check the path, its permissions and its file system"
+        raise StorageError(f"{path}: {cause}", remedy) from error
+
+
+def create(path: Path) -> int:
+    """Opens a new file for reading and writing, with the umask's mode; it must not exist."""
+    with storage_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    _saw("create", path)
+    return fd
+
+
+def open_existing(path: Path) -> int:
+    """Opens a file for writing in place; symbolic links are refused by the system."""
+    with storage_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def write_at(fd: int, data: Buffer, offset: int, path: Path) -> None:
+    """Writes all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    position = offset
+    with storage_errors(path):
+        while view:
+            written = os.pwrite(fd, view, position)
+            _saw("write", path, position, view[:written])
+            view, position = view[written:], position + written
+
+
+def read_exactly(fd: int, offset: int, out: Any, path: Path) -> None:
+    """Fills `out` (a flat uint8 tensor) from a file.
+
+    Raises:
+        IntegrityError: the file ends early or cannot be read: it was complete when its header was checked.
+    """
+    view = memoryview(out.numpy())
+    while view:
+        try:
+            count = os.preadv(fd, [view], offset)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror} at byte {offset:,}", "the disk or file is damaged") from error
+        if count == 0:
+            raise IntegrityError(f"{path}: ends at byte {offset:,}", "the file was cut off while it was being read")
+        view, offset = view[count:], offset + count
+
+
+def sync_file(fd: int, path: Path, *, data_only: bool = False) -> None:
+    with storage_errors(path):
+        if data_only:
+            os.fdatasync(fd)
+        else:
+            os.fsync(fd)
+    _saw("sync", path)
+
+
+def sync_folder(path: Path) -> None:
+    with storage_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    _saw("sync_folder", path)
+
+
+def rename(old: Path, new: Path) -> None:
+    with storage_errors(new):
+        os.rename(old, new)
+    _saw("rename", old, new)
+
+
+def unlink(path: Path, *, missing_ok: bool = False) -> None:
+    with storage_errors(path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            if missing_ok:
+                return
+            raise
+    _saw("unlink", path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes one folder; its parent must exist. One that exists is left alone."""
+    with storage_errors(path):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            return
+    _saw("mkdir", path)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes an empty folder."""
+    with storage_errors(path):
+        os.rmdir(path)
+    _saw("rmdir", path)
+
+
+def remove_tree(path: Path) -> None:
+    with storage_errors(path):
+        shutil.rmtree(path)
+    _saw("rmtree", path)
+
+
+def hard_link(source: Path, target: Path) -> bool:
+    """Gives `source` a second name; False where the file system or its rules do not allow it."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.ENOSYS):
+            return False
+        with storage_errors(target):
+            raise
+    _saw("link", source, target)
+    return True
+
+
+def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length: int, path: Path) -> None:
+    """Copies bytes between files inside the kernel (sharing blocks where the file system can), else by read and write."""
+    with storage_errors(path):
+        while length:
+            try:
+                copied = os.copy_file_range(source_fd, fd, length, source_offset, offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                    raise
+                copied = 0
+            if copied == 0:
+                chunk = os.pread(source_fd, min(length, _COPY_CHUNK), source_offset)
+                if not chunk:
+                    raise OSError(errno.EIO, "the source ended early")
+                written = 0
+                while written < len(chunk):
+                    written += os.pwrite(fd, chunk[written:], offset + written)
+                copied = len(chunk)
+            source_offset, offset, length = source_offset + copied, offset + copied, length - copied
+    _saw("copy", path)
+
+
+def require_room(folder: Path, needed: int, largest_file: int) -> None:
+    """Checks, before anything is written, that `needed` bytes fit on the disk and one file may be so large.
+
+    Raises:
+        StorageError: says how much is needed and how much is there.
+    """
+    with storage_errors(folder):
+        state = os.statvfs(folder)
+    free = state.f_bavail * state.f_frsize
+    if needed > free:
+        raise StorageError(
+            f"{folder}: {needed:,} bytes are needed and {free:,} are free", "free some space, or write elsewhere"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and largest_file > limit:
+        raise StorageError(
+            f"{folder}: a file of {largest_file:,} bytes is over this process's limit of {limit:,}", "raise `ulimit -f`"
+        )

@@ -1,0 +1,1 @@
+"""The patch file: its header, reading, writing, and the algebra of patches."""

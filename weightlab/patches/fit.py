@@ -1,0 +1,199 @@
+"""Whether a set of patches fits a checkpoint, and what it does to each tensor; all misfits are found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weightlab.errors import MisfitError, NamesMismatchError, StackError
+from weightlab.patches.header import Record
+from weightlab.patches.parts import StoredParts
+from weightlab.patches.patch import Patch
+from weightlab.sources import Source
+from weightlab.tensors.order import natural_key
+from weightlab.tensors.select import rename, select
+from weightlab.tensors.spec import TensorSpec
+
+Mode = Literal["sum", "restore", "add", "remove"]
+
+
+@dataclass(frozen=True, slots=True)
+class StackEntry:
+    """A patch on a checkpoint: its scale, and which of its tensors are used under which names."""
+
+    patch: Patch
+    scale: float
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    def targets(self) -> dict[str, str]:
+        """{name in the checkpoint: name in the patch}, in natural order."""
+        renamed = rename(self.patch.records, self.renames)
+        kept = set(select(list(renamed.values()), self.include, self.exclude))
+        return {t: n for n, t in sorted(renamed.items(), key=lambda i: natural_key(i[1])) if t in kept}
+
+
+@dataclass(slots=True)
+class Term:
+    """One patch's share in one tensor."""
+
+    patch: Patch
+    name: str
+    scale: float
+    parts: StoredParts
+
+    @property
+    def record(self) -> Record:
+        return self.patch.records[self.name]
+
+
+@dataclass(slots=True)
+class Target:
+    """What becomes of one tensor of the checkpoint.
+
+    Attributes:
+        spec: as it is stored clean; for an added tensor, what it will be.
+        result: as it will be stored; equal to `spec` where only values change.
+        mode: "sum": clean + Σ scale·Δ; "restore": the tuned bits of an exact patch; "add"; "remove".
+        terms: in the order of the patch ids.
+        expected_digest: what the clean bytes must be, where an exact patch needs that.
+    """
+
+    spec: TensorSpec
+    result: TensorSpec
+    mode: Mode
+    terms: list[Term]
+    opaque: bool = False
+
+    @property
+    def expected_digest(self) -> str | None:
+        for term in self.terms:
+            if term.patch.encoding(term.name).lossless and term.scale != 0.0:
+                return term.record.base_digest
+        return None
+
+    @property
+    def result_digest(self) -> str | None:
+        """What the result must be, where the header says so."""
+        return self.terms[0].record.result_digest if self.mode in ("restore", "add") else None
+
+
+@dataclass(slots=True)
+class Fit:
+    """Every tensor that the patches touch, and which of those are redundant copies that follow a tied one."""
+
+    targets: dict[str, Target] = field(default_factory=dict)
+    followers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reshapes(self) -> list[str]:
+        """Tensors that change size, dtype or existence: what cannot be done in place."""
+        return [n for n, t in self.targets.items() if t.mode in ("add", "remove") or t.result != t.spec]
+
+
+def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
+    """Works out what a set of patches does to a checkpoint; reads headers only.
+
+    Args:
+        source: the clean checkpoint.
+
+    Raises:
+        StackError: a patch is there twice, or patches exclude one another on a tensor.
+        NamesMismatchError: lists every tensor that is missing in the checkpoint, or has another shape or dtype.
+        MisfitError: lists every operation that is not defined on its tensor.
+    """
+    entries = sorted(entries, key=lambda e: e.patch.id)
+    twice = [e.patch.label for e, f in zip(entries, entries[1:], strict=False) if e.patch.id == f.patch.id]
+    if twice:
+        raise StackError("a patch is given twice", "change its strength with `weightlab scale` instead", twice)
+    result = Fit()
+    misfits: list[str] = []
+    undefined: list[str] = []
+    for entry in entries:
+        taken: dict[str, str] = {}
+        for target, name in entry.targets().items():
+            stored = source.aliases.get(target, target)
+            if stored in taken:  # one patch, two names of one tied tensor: the same change counts once
+                if not _same_change(entry.patch, taken[stored], name):
+                    misfits.append(f"{target}: tied to {stored} here, and {entry.patch.label} changes the two differently")
+                continue
+            taken[stored] = name
+            _add(result, source, stored, entry, name, misfits, undefined)
+    if misfits:
+        raise NamesMismatchError(
+            f"{len(misfits)} tensors do not fit {source.label}",
+            "check that the patch is for this architecture; rename prefixes with --map OLD=NEW, or choose tensors with "
+            "--include and --exclude",
+            misfits,
+        )
+    if undefined:
+        raise MisfitError(f"not possible on {source.label}", "leave these tensors out with --exclude", undefined)
+    for target_ in result.targets.values():
+        _settle(target_, undefined)
+    if undefined:
+        raise StackError("these patches exclude one another", "use one of them, or leave tensors out", undefined)
+    return result
+
+
+def _same_change(patch: Patch, first: str, second: str) -> bool:
+    a, b = patch.records[first], patch.records[second]
+    return {p: v.digest for p, v in a.parts.items()} == {p: v.digest for p, v in b.parts.items()}
+
+
+def _add(
+    result: Fit, source: Source, stored: str, entry: StackEntry, name: str, misfits: list[str], undefined: list[str]
+) -> None:
+    patch, record = entry.patch, entry.patch.records[name]
+    spec = source.specs.get(stored)
+    before = record.base_spec(stored)
+    term = Term(patch, name, entry.scale, patch.parts(name))
+    if record.added:
+        if spec is not None:
+            misfits.append(f"{spec}: there already, and {patch.label} adds it")
+        elif entry.scale != 1.0:
+            undefined.append(f"{stored}: an added tensor holds values, so it goes on at scale 1, not {entry.scale:g}")
+        else:
+            new = record.spec(stored)
+            result.targets.setdefault(stored, Target(new, new, "add", [])).terms.append(term)
+        return
+    assert before is not None
+    if spec is None:
+        misfits.append(f"{before}: in {patch.label} and not in the checkpoint")
+        return
+    if spec.shape != before.shape:
+        misfits.append(f"{stored}: shape {list(spec.shape)} in the checkpoint, {list(before.shape)} in {patch.label}")
+        return
+    opaque = stored in source.opaque
+    exact = patch.encoding(name).lossless if record.encoding != "removed" else True
+    if (opaque or not before.is_float) and spec.dtype != before.dtype:
+        misfits.append(f"{stored}: dtype {spec.dtype} in the checkpoint, {before.dtype} in {patch.label}")
+        return
+    if opaque and record.encoding != "removed" and not (exact and entry.scale in (0.0, 1.0)):
+        undefined.append(f"{spec}: no sums are defined on it, so it takes an exact patch at scale 1 only")
+        return
+    if record.base_shape is not None and entry.scale != 1.0:
+        undefined.append(f"{stored}: its new rows hold values, so the patch goes on at scale 1, not {entry.scale:g}")
+        return
+    target = result.targets.setdefault(stored, Target(spec, spec, "sum", [], opaque))
+    target.terms.append(term)
+
+
+def _settle(target: Target, undefined: list[str]) -> None:
+    """Decides mode and result of a tensor from all its terms."""
+    names = ", ".join(t.patch.label for t in target.terms)
+    removing = [t for t in target.terms if t.record.encoding == "removed"]
+    reshaping = [t for t in target.terms if t.record.base_shape is not None]
+    if len(target.terms) > 1 and (target.mode == "add" or removing or reshaping or target.opaque):
+        undefined.append(f"{target.spec}: {names}")
+        return
+    if removing:
+        target.mode = "remove"
+        return
+    alone = target.terms[0]
+    if target.mode == "sum" and len(target.terms) == 1 and alone.scale == 1.0 and alone.patch.encoding(alone.name).lossless:
+        target.mode = "restore"
+        target.result = alone.record.spec(target.spec.name)
+    elif reshaping:
+        target.result = TensorSpec(target.spec.name, target.spec.dtype, tuple(alone.record.shape))

@@ -1,0 +1,191 @@
+"""The header of a patch, version 1: what it is, what it fits, how each tensor is stored.
+
+It lies as JSON under the key `weightlab` of the safetensors metadata. Unknown keys, features, encodings and
+versions are errors: a reader never guesses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weightlab.errors import MalformedFileError
+from weightlab.files.container import strict_json
+from weightlab.tensors.spec import DTYPES, TensorSpec
+
+SCHEMA = 1
+KEY = "weightlab"
+FEATURES = frozenset({"added", "dtype", "removed", "rows"})
+"""What a patch may do beyond changing values in place; a patch names those that it uses in `requires`."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Kind = Literal["diff", "signature", "shared", "exclusive", "composed"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Part(_Strict):
+    """One stored part: its entry in the file and the digest of its dtype, bytes and shape."""
+
+    entry: str
+    digest: Digest
+
+
+class Errors(_Strict):
+    """How far the decoded delta is from the true one: largest difference, and ‖difference‖ / ‖Δ‖."""
+
+    max_abs: float
+    relative_l2: float
+
+
+class Record(_Strict):
+    """One patched tensor.
+
+    `dtype` and `shape` are those of the result; `base_dtype` and `base_shape` are given where the base differs.
+    `base_digest` is null for an added tensor and where the base is not known; `result_digest` is set where the result
+    is exact.
+    `encoding` "removed" takes the tensor away and has no parts.
+    """
+
+    encoding: str
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    parts: dict[str, Part]
+    base_dtype: str | None = None
+    base_shape: list[Annotated[int, Field(ge=0)]] | None = None
+    added: bool = False
+    base_digest: Digest | None = None
+    result_digest: Digest | None = None
+    error: Errors | None = None
+    parameters: dict[str, Any] = {}
+
+    def spec(self, name: str) -> TensorSpec:
+        """The result's spec."""
+        return TensorSpec(name, self.dtype, tuple(self.shape))
+
+    def base_spec(self, name: str) -> TensorSpec | None:
+        """The spec that the tensor has before; None for an added one."""
+        if self.added:
+            return None
+        shape = self.base_shape if self.base_shape is not None else self.shape
+        return TensorSpec(name, self.base_dtype or self.dtype, tuple(shape))
+
+
+class Method(_Strict):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class Base(_Strict):
+    """The checkpoint a patch was taken from: its name on the Hub (never a local path), revision, fingerprint."""
+
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: Digest | None = None
+
+
+class Result(_Strict):
+    fingerprint: Digest | None = None
+
+
+class Aux(_Strict):
+    digest: Digest
+    size: int
+
+
+class Created(_Strict):
+    tool: str
+    version: str
+
+
+class Shard(_Strict):
+    """Which file of a sharded patch this is; `id` is the whole patch's."""
+
+    index: int
+    count: int
+    id: Digest
+
+
+class PatchHeader(_Strict):
+    """Everything about a patch but its bytes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    schema_version: int = Field(alias="schema")
+    requires: list[str] = []
+    kind: Kind
+    method: Method
+    base: Base
+    result: Result | None = None
+    scale: float = 1.0
+    tensors: dict[str, Record]
+    aux: dict[str, Aux] = {}
+    license: str | None = None
+    created: Created | None = None
+    notes: str | None = None
+    shard: Shard | None = None
+
+    def tree(self) -> dict[str, Any]:
+        """JSON values, without what is at its default."""
+        tree = self.model_dump(by_alias=True, exclude_defaults=True)
+        tree.setdefault("requires", [])
+        return tree
+
+    def text(self) -> str:
+        """The JSON that is stored: sorted keys, no spaces."""
+        return canonical(self.tree())
+
+    def id(self) -> str:
+        """The patch's identity: BLAKE3 of the canonical header without created, notes, license and layout."""
+        tree = self.tree()
+        for key in ("created", "notes", "license", "shard"):
+            tree.pop(key, None)
+        return str(blake3(canonical(tree).encode()).hexdigest())
+
+
+def canonical(tree: Mapping[str, Any]) -> str:
+    """JSON in one form only."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
+    """Reads the header out of a file's metadata.
+
+    Raises:
+        MalformedFileError: there is none, it is of an unknown version or needs unknown features, or breaks a rule.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        raise MalformedFileError(f"{where}: is no patch (no {KEY!r} in its metadata)", "make one with `weightlab diff`")
+    try:
+        tree = strict_json(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedFileError(f"{where}: its patch header is not proper JSON: {error}", "get the file again") from error
+    version = tree.get("schema") if isinstance(tree, dict) else None
+    if version != SCHEMA or type(version) is not int:
+        raise MalformedFileError(
+            f"{where}: patch schema {version!r}; this version of weightlab reads {SCHEMA}", "update weightlab"
+        )
+    try:
+        header = PatchHeader.model_validate(tree)
+    except ValidationError as error:
+        details = [f"{'.'.join(str(x) for x in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise MalformedFileError(f"{where}: its patch header breaks the format", "get the file again", details) from error
+    unknown = sorted(set(header.requires) - FEATURES)
+    if unknown:
+        raise MalformedFileError(f"{where}: needs features that this version does not know", "update weightlab", unknown)
+    wrong = [
+        f"{name}: unknown dtype {dtype!r}"
+        for name, record in header.tensors.items()
+        for dtype in (record.dtype, record.base_dtype)
+        if dtype is not None and dtype not in DTYPES
+    ]
+    if wrong:
+        raise MalformedFileError(f"{where}: its patch header breaks the format", "get the file again", wrong)
+    return header

@@ -1,0 +1,222 @@
+"""Writing a patch: parts are streamed to their places, digests taken on the way, headers last."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weightlab.files import disk
+from weightlab.files.container import MAX_HEADER, build_header, layout
+from weightlab.files.digest import PartDigest
+from weightlab.errors import UsageError
+from weightlab.patches.header import KEY, Part, PatchHeader, Record, Shard, canonical
+from weightlab.patches.layout import INDEX_NAME, StoredTensor, entry_name, shard_name, split
+from weightlab.patches.parts import Extent, StoredParts
+from weightlab.files.disk import read_exactly
+from weightlab.tensors.spec import TensorSpec
+
+_ANY_DIGEST = "f" * 64
+_CHUNK = 2**21
+
+
+class Spool:
+    """A nameless temporary file for parts that are computed before their place is known."""
+
+    def __init__(self, folder: Path) -> None:
+        with disk.storage_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._path = folder / "temporary file"
+        self._end = 0
+        self._lock = threading.Lock()
+        self._extents: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+
+    def append(self, tensor: str, part: str, values: Tensor) -> None:
+        raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        with self._lock:
+            offset = self._end
+            self._end += raw.nbytes
+        disk.write_at(self._file.fileno(), raw, offset, self._path)
+        self._extents[tensor, part].append((offset, raw.nbytes))
+
+    def chunks(self, tensor: str, part: str) -> Sequence[tuple[int, int]]:
+        return self._extents[tensor, part]
+
+    def read(self, offset: int, out: Tensor) -> None:
+        read_exactly(self._file.fileno(), offset, out, self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorSpool:
+    """The spool as one tensor's encoder sees it."""
+
+    def __init__(self, spool: Spool, tensor: str) -> None:
+        self._spool, self._tensor = spool, tensor
+
+    def append(self, part: str, values: Tensor) -> None:
+        self._spool.append(self._tensor, part, values)
+
+
+class _File:
+    """One file of the patch while it is written."""
+
+    def __init__(self, path: Path, names: Sequence[str], tensors: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.names = list(names)
+        self.specs = {entry_name(n, p): s for n in names for p, s in tensors[n].fixed.items()}
+        self.offsets, self.end = layout(self.specs)
+        self.fd = -1
+        self.header_bytes = 0
+
+
+class PatchWriter:
+    """Writes one patch.
+
+    Args:
+        place: the temporary file, or the temporary folder when `sharded`.
+        tensors: what is stored of each tensor, in order.
+        draft: the header with every number and digest still open; gives the room that headers need.
+    """
+
+    def __init__(self, place: Path, tensors: Mapping[str, StoredTensor], draft: PatchHeader, *, sharded: bool) -> None:
+        groups = split(tensors, sharded=sharded)
+        self._tensors = tensors
+        self._files = [
+            _File(place / shard_name(i, len(groups)) if sharded else place, names, tensors)
+            for i, names in enumerate(groups)
+        ]
+        self._file_of = {name: file for file in self._files for name in file.names}
+        self._sharded = sharded
+        self._place = place
+        self._digests: dict[tuple[str, str], PartDigest] = {}
+        self._written: dict[tuple[str, str], int] = defaultdict(int)
+        draft = _at_worst(draft, tensors)
+        for index, file in enumerate(self._files):
+            worst = dict(file.specs)
+            for name in file.names:
+                growing = tensors[name].growing
+                if growing:
+                    worst[entry_name(name, growing[0])] = TensorSpec(growing[0], "U8", (growing[1],))
+            offsets = dict.fromkeys(worst, file.end + sum(s.nbytes for s in worst.values()))
+            file.header_bytes = len(build_header(worst, offsets, self._metadata(draft, index, _ANY_DIGEST)))
+            if file.header_bytes > MAX_HEADER:
+                raise UsageError(
+                    f"{file.path.name}: the header of one file would pass the format's {MAX_HEADER:,} bytes",
+                    "give the output a name without .safetensors, so that it becomes a folder of shards",
+                )
+
+    def most_bytes(self) -> int:
+        """Upper bound of what will be written."""
+        return sum(f.header_bytes for f in self._files) + sum(t.most_bytes() for t in self._tensors.values())
+
+    def largest_file(self) -> int:
+        return max(f.header_bytes + sum(self._tensors[n].most_bytes() for n in f.names) for f in self._files)
+
+    def begin(self) -> None:
+        """Makes the files."""
+        for file in self._files:
+            file.fd = disk.create(file.path)
+
+    def append(self, name: str, part: str, values: Tensor) -> None:
+        """Writes the next values of a part. Calls for one patch come in the order of the tensors' tiles."""
+        raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        file = self._file_of[name]
+        entry, key = entry_name(name, part), (name, part)
+        spec = self._tensors[name].fixed.get(part)
+        if key not in self._digests:
+            self._digests[key] = PartDigest(spec.dtype if spec else "U8")
+            if spec is None:
+                file.offsets[entry] = file.end
+        disk.write_at(file.fd, raw, file.header_bytes + file.offsets[entry] + self._written[key], file.path)
+        self._digests[key].update(raw)
+        self._written[key] += raw.nbytes
+        if spec is None:
+            file.end += raw.nbytes
+
+    def take(self, name: str, parts: Sequence[str], spool: Spool) -> None:
+        """Writes parts that lie in the spool."""
+        for part in parts:
+            self.append(name, part, torch.empty(0, dtype=torch.uint8))
+            for offset, length in spool.chunks(name, part):
+                for done in range(0, length, _CHUNK):
+                    raw = torch.empty(min(_CHUNK, length - done), dtype=torch.uint8)
+                    spool.read(offset + done, raw)
+                    self.append(name, part, raw)
+
+    def parts(self, name: str, spec: TensorSpec, parameters: Mapping[str, object]) -> StoredParts:
+        """What has been written of a tensor with fixed parts, for decoding it again."""
+        file = self._file_of[name]
+        extents = {
+            part: Extent(file.fd, file.path, file.header_bytes + file.offsets[entry_name(name, part)], part_spec)
+            for part, part_spec in self._tensors[name].fixed.items()
+        }
+        return StoredParts(spec, parameters, extents)
+
+    def part_records(self, name: str) -> dict[str, Part]:
+        """The header's account of a tensor's parts, once all are written."""
+        stored, file = self._tensors[name], self._file_of[name]
+        records: dict[str, Part] = {}
+        for part in (*stored.fixed, *([stored.growing[0]] if stored.growing else [])):
+            self.append(name, part, torch.empty(0, dtype=torch.uint8))  # an empty part was never begun
+            entry, written = entry_name(name, part), self._written[name, part]
+            spec = stored.fixed.get(part) or TensorSpec(part, "U8", (written,))
+            if spec.nbytes != written:
+                raise AssertionError(f"{entry}: {written} bytes written, {spec.nbytes} planned")
+            file.specs[entry] = spec
+            records[part] = Part(entry=entry, digest=self._digests[name, part].hexdigest(spec.shape))
+        return records
+
+    def finish(self, header: PatchHeader) -> None:
+        """Writes the headers, and the index of a sharded patch; syncs everything."""
+        patch_id = header.id()
+        for index, file in enumerate(self._files):
+            metadata = self._metadata(header, index, patch_id)
+            head = build_header(file.specs, file.offsets, metadata, size=file.header_bytes)
+            disk.write_at(file.fd, head, 0, file.path)
+            disk.sync_file(file.fd, file.path)
+        if self._sharded and len(self._files) > 1:
+            weight_map = {entry: f.path.name for f in self._files for entry in f.specs}
+            total = sum(s.nbytes for f in self._files for s in f.specs.values())
+            content = canonical({"metadata": {"total_size": total, "weightlab_id": patch_id}, "weight_map": weight_map})
+            path = self._place / INDEX_NAME
+            fd = disk.create(path)
+            try:
+                disk.write_at(fd, content.encode(), 0, path)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        for file in self._files:
+            if file.fd >= 0:
+                os.close(file.fd)
+                file.fd = -1
+
+    def _metadata(self, header: PatchHeader, index: int, patch_id: str) -> dict[str, str]:
+        if len(self._files) > 1:
+            own = {n: header.tensors[n] for n in self._files[index].names}
+            # Tensors without stored parts (removed ones) belong to the first shard.
+            if index == 0:
+                own |= {n: r for n, r in header.tensors.items() if n not in self._file_of}
+            shard = Shard(index=index, count=len(self._files), id=patch_id)
+            header = header.model_copy(update={"tensors": own, "shard": shard})
+        return {"format": "pt", KEY: header.text()}
+
+
+def _at_worst(draft: PatchHeader, tensors: Mapping[str, StoredTensor]) -> PatchHeader:
+    """The draft with every part present and a digest in place of each that is still open."""
+    records: dict[str, Record] = {}
+    for name, record in draft.tensors.items():
+        stored = tensors.get(name, StoredTensor())
+        parts = (*stored.fixed, *([stored.growing[0]] if stored.growing else []))
+        records[name] = record.model_copy(
+            update={"parts": {p: Part(entry=entry_name(name, p), digest=_ANY_DIGEST) for p in parts}}
+        )
+    return draft.model_copy(update={"tensors": records})

@@ -1,0 +1,70 @@
+"""Where tensors come from. One file a kind of source; each plug-in is a `SOURCE` with `claims` and `open`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from weightlab.errors import MissingInputError
+from weightlab.registry import Registry
+from weightlab.tensors.spec import TensorSpec
+
+
+class Source(Protocol):
+    """A set of named tensors whose bytes can be read by range, from several threads at a time.
+
+    Attributes:
+        label: what to call it in messages.
+        specs: every stored tensor by name.
+        aliases: further names of stored tensors: {name: the name in `specs` that has the bytes}.
+        opaque: names on which no sums are defined, whatever their dtype (scaled codes of a quantised checkpoint).
+        path: the file or folder; None for tensors in memory.
+    """
+
+    label: str
+    specs: Mapping[str, TensorSpec]
+    aliases: Mapping[str, str]
+    opaque: frozenset[str]
+    path: Path | None
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fills `out` (flat uint8) with the tensor's bytes from byte `start` on."""
+
+    def close(self) -> None:
+        """Gives back files."""
+
+
+class SourceKind(Protocol):
+    """A plug-in: recognises a path and opens it."""
+
+    def claims(self, path: Path) -> bool:
+        """Whether this kind of source reads that file or folder; may raise for one that it refuses by name."""
+
+    def open(self, path: Path, key: str | None) -> Source:
+        """Opens it. `key`: where in a nested pickle the state dict lies."""
+
+
+SOURCES: Registry[SourceKind] = Registry("weightlab.sources", "SOURCE", "source")
+
+
+def open_source(path: Path, key: str | None = None) -> Source:
+    """Opens a checkpoint on disk with the kind of source that claims it.
+
+    Raises:
+        MissingInputError: nothing is there, or nothing in it is a checkpoint.
+    """
+    if not path.exists():
+        raise MissingInputError(f"{path}: no such file or folder", "check the path")
+    for name in SOURCES.names():
+        kind = SOURCES.get(name)
+        if kind.claims(path):
+            return kind.open(path, key)
+    what = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
+    raise MissingInputError(
+        f"{path}: no checkpoint found",
+        "give a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one",
+        [f"holds {', '.join(what) or 'nothing'}"],
+    )

@@ -1,0 +1,74 @@
+"""Tensors in memory: an ordinary state dict as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weightlab.errors import InputError
+from weightlab.sources._quantised import opaque_names
+from weightlab.tensors.order import natural_key
+from weightlab.tensors.spec import BY_TORCH, TensorSpec
+
+
+class MemorySource:
+    """A state dict. Names that share one storage entirely are one tensor with aliases.
+
+    Args:
+        state: {name: tensor}; not copied. Tensors that are not contiguous, or not on the CPU, are read through a
+            copy of that one tensor.
+        opaque: names on which no sums are defined, beyond those of an opaque dtype.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        label: str = "state dict",
+        path: Path | None = None,
+        opaque: frozenset[str] = frozenset(),
+    ) -> None:
+        wrong = [f"{n}: {type(t).__name__}" for n, t in state.items() if not isinstance(t, Tensor)]
+        wrong += [
+            f"{n}: {t.dtype}, layout {t.layout}"
+            for n, t in state.items()
+            if isinstance(t, Tensor) and (t.layout != torch.strided or t.dtype not in BY_TORCH or t.is_quantized)
+        ]
+        if wrong:
+            raise InputError(f"{label}: holds values that are not plain tensors", "give a state dict of tensors", wrong)
+        self.label = label
+        self.path = path
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        owners: dict[tuple[object, ...], str] = {}
+        for name in sorted(state, key=natural_key):  # which of two names is the tensor does not depend on their order
+            tensor = state[name]
+            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            owner = owners.setdefault(place, name) if tensor.numel() and tensor.data_ptr() else name
+            if owner == name:
+                self.tensors[name] = tensor.detach()
+            else:
+                self.aliases[name] = owner
+        self.specs: Mapping[str, TensorSpec] = {
+            n: TensorSpec(n, BY_TORCH[t.dtype].name, _logical_shape(t)) for n, t in self.tensors.items()
+        }
+        self.opaque = opaque_names(self.specs, {}) | opaque
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        tensor = self.tensors[name]
+        flat = tensor.contiguous().reshape(-1)
+        if flat.device.type != "cpu":
+            flat = flat.cpu()
+        out.copy_(flat.view(torch.uint8)[start : start + out.numel()])
+
+    def close(self) -> None:
+        """Nothing to give back: the tensors belong to the caller."""
+
+
+def _logical_shape(tensor: Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    if tensor.dtype == torch.float4_e2m1fn_x2 and shape:  # two elements a byte
+        return (*shape[:-1], shape[-1] * 2)
+    return shape

@@ -1,0 +1,242 @@
+"""Changing a checkpoint in place so that a crash at any moment leaves it as before or as after.
+
+The order is fixed; each line is durable before the next begins:
+
+    1. lock; finish or undo a change that was interrupted
+    2. read everything, compute every result once without writing it, keep the clean bytes under a temporary name
+    3. clean bytes and patches get their names
+    4. intent.json: the change has begun
+    5. touched shards are renamed to NAME.weightlab-busy, then written
+    6. stack.json: the change is done
+    7. names back, intent gone, then whatever is no longer needed
+
+So a killed run leaves a shard missing (no loader takes that for a model), never a mixture that loads. Until step 6
+recovery goes back, computing the old state from the kept clean bytes; after it, forward.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from weightlab.errors import IntegrityError
+from weightlab.files import disk
+from weightlab.files.atomic import replace_file
+from weightlab.files.container import read_header
+from weightlab.files.digest import Turns, tensor_hasher
+from weightlab.patches.compute import Offences, compute_tile, read_clean
+from weightlab.patches.fit import Target, fit
+from weightlab.sources import Source
+from weightlab.sources.local import LocalSource
+from weightlab.stack.state import FOLDER, CleanSource, Intent, StackState, StatePlace, entries_of, text_of
+from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.tensors.tiles import tiles
+
+BUSY = ".weightlab-busy"
+
+
+def results(
+    clean: Source,
+    targets: Sequence[Target],
+    resources: Resources,
+    *,
+    allow_nonfinite: bool,
+    keep: Mapping[str, tuple[int, int, Path]] | None = None,
+    write: Mapping[str, tuple[int, int, Path]] | None = None,
+) -> dict[str, tuple[str, str]]:
+    """Computes tensors tile by tile: {name: (digest of the clean bytes, digest of the result)}.
+
+    Args:
+        keep: where clean bytes are to be kept: {name: (descriptor, offset, path)}.
+        write: where results are to be written, likewise; None: they are only digested.
+
+    Raises:
+        NonFiniteError, RangeError: lists every tensor whose result cannot be stored.
+    """
+    turns, offences = Turns(), Offences()
+    progress = Progress(sum(t.spec.nbytes for t in targets), resources.progress)
+    hashers = {
+        t.spec.name: (tensor_hasher(t.spec.dtype, t.spec.shape), tensor_hasher(t.result.dtype, t.result.shape))
+        for t in targets
+    }
+
+    def tasks() -> Iterator[tuple[int, Target, int, int]]:
+        index = 0
+        for target in targets:
+            for start, stop in tiles(target.spec.stored.numel):
+                yield index, target, start, stop
+                index += 1
+
+    def work(task: tuple[int, Target, int, int], workspace: Workspace) -> None:
+        index, target, start, stop = task
+        name, size = target.spec.name, target.spec.stored.type.itemsize
+        raw = read_clean(clean, target, start, stop, workspace)
+        result = compute_tile(target, start, stop, raw, workspace, offences, allow_nonfinite) if target.terms else raw
+        if keep is not None and name in keep:
+            fd, offset, path = keep[name]
+            disk.write_at(fd, raw.numpy(), offset + start * size, path)
+        if write is not None:
+            fd, offset, path = write[name]
+            disk.write_at(fd, result.numpy(), offset + start * size, path)
+        with turns.turn(index):
+            hashers[name][0].update(memoryview(raw.numpy()))
+            hashers[name][1].update(memoryview(result.numpy()))
+        progress.advance(raw.numel())
+
+    run(tasks(), work, resources, turns)
+    offences.raise_any()
+    return {name: (a.hexdigest(), b.hexdigest()) for name, (a, b) in hashers.items()}
+
+
+def begin(place: StatePlace, intent: Intent) -> None:
+    """Steps 4 and the first half of 5: records the intent and sets the shards aside."""
+    replace_file(place.intent, text_of(intent))
+    for shard in intent.shards:
+        disk.rename(place.checkpoint / shard, place.checkpoint / (shard + BUSY))
+    disk.sync_folder(place.checkpoint)
+
+
+def write_shards(
+    place: StatePlace,
+    source: LocalSource,
+    clean: Source,
+    targets: Sequence[Target],
+    expected: Mapping[str, str],
+    resources: Resources,
+    *,
+    allow_nonfinite: bool,
+) -> None:
+    """The second half of step 5: computes and writes tensors into shards that are set aside; durable on return.
+
+    Raises:
+        IntegrityError: a result is not the one that was computed before.
+    """
+    files = sorted({source.file_of[t.spec.name] for t in targets})
+    paths = {f: place.checkpoint / (f + BUSY) for f in files}
+    descriptors: dict[str, int] = {}
+    try:
+        for file, path in paths.items():
+            descriptors[file] = disk.open_existing(path)
+        where = {
+            n: (descriptors[f], source.entry(n).offset, paths[f])
+            for n, f in ((t.spec.name, source.file_of[t.spec.name]) for t in targets)
+        }
+        found = results(clean, targets, resources, allow_nonfinite=allow_nonfinite, write=where)
+        wrong = [f"{n}: {found[n][1]}, not {expected[n]}" for n in found if found[n][1] != expected[n]]
+        if wrong:
+            raise IntegrityError("results changed between computing and writing", "check the memory and the disk", wrong)
+        for file, fd in descriptors.items():
+            disk.sync_file(fd, paths[file], data_only=True)
+    finally:
+        for fd in descriptors.values():
+            os.close(fd)
+
+
+def commit(place: StatePlace, state: StackState) -> None:
+    """Step 6: the new state is the state."""
+    replace_file(place.stack, text_of(state))
+
+
+def finish(place: StatePlace, intent: Intent) -> None:
+    """Step 7: names back, intent gone, garbage collected."""
+    for shard in intent.shards:
+        busy, usual = place.checkpoint / (shard + BUSY), place.checkpoint / shard
+        if busy.exists():
+            if usual.exists():
+                raise IntegrityError(
+                    f"{usual}: someone wrote it while {busy.name} was set aside",
+                    f"keep one of the two under the name {usual.name}, and drop the stack with --forget",
+                )
+            disk.rename(busy, usual)
+        elif not usual.exists():
+            raise IntegrityError(f"{usual} is missing", "restore it from a copy")
+    disk.sync_folder(place.checkpoint)
+    disk.unlink(place.intent, missing_ok=True)
+    disk.sync_folder(place.folder)
+    collect_garbage(place)
+
+
+def recover(place: StatePlace, resources: Resources) -> str | None:
+    """Finishes or undoes a change that was interrupted. The caller holds the exclusive lock.
+
+    Returns:
+        None when there was none, else a line that says what was done.
+
+    Raises:
+        IntegrityError: what is needed to go back is damaged.
+        StorageError: there is no room to go back; the intent stays, and so do the names set aside.
+    """
+    intent = place.read_intent()
+    if intent is None:
+        return None
+    state = place.read_stack()
+    if state.sequence == intent.new.sequence:
+        finish(place, intent)
+        return "finished a change that was interrupted after it was done"
+    busy = [s for s in intent.shards if (place.checkpoint / (s + BUSY)).exists()]
+    if busy:
+        _undo(place, state, intent, busy, resources)
+    finish(place, intent)
+    return "undid a change that was interrupted"
+
+
+def _undo(place: StatePlace, state: StackState, intent: Intent, busy: Sequence[str], resources: Resources) -> None:
+    # The shards are complete files under another name, so they open as a source of their own.
+    source = _source_of_busy(place, busy)
+    known = {**intent.new.tensors, **state.tensors}
+    names = [n for n in intent.rewrite if n in source.file_of]
+    clean = CleanSource(source, place.originals, {n: known[n] for n in names})
+    try:
+        before = fit(clean, entries_of(place, state)).targets if state.patches else {}
+        targets = [before.get(n) or Target(clean.specs[n], clean.specs[n], "sum", []) for n in names]
+        checked = results(clean, targets, resources, allow_nonfinite=True)
+        damaged = [f"{n}: clean bytes" for n in names if checked[n][0] != known[n].clean]
+        expected = {n: state.tensors[n].now if n in state.tensors else known[n].clean for n in names}
+        damaged += [f"{n}: result" for n in names if checked[n][1] != expected[n]]
+        if damaged:
+            raise IntegrityError(
+                f"{place.checkpoint}: cannot go back to before an interrupted change: kept bytes are damaged",
+                "restore the checkpoint from a copy and drop the stack with --forget",
+                damaged,
+            )
+        write_shards(place, source, clean, targets, expected, resources, allow_nonfinite=True)
+    finally:
+        clean.close()
+        source.close()
+
+
+def _source_of_busy(place: StatePlace, busy: Sequence[str]) -> LocalSource:
+    headers = {shard: read_header(place.checkpoint / (shard + BUSY)) for shard in busy}
+    return LocalSource(place.checkpoint / place.anchor, place.checkpoint / place.anchor, headers, None)
+
+
+def collect_garbage(place: StatePlace) -> None:
+    """Removes kept bytes and patches that nothing refers to; everything, when no patch is on. Safe to repeat."""
+    if not place.folder.is_dir():
+        return
+    state = place.read_stack()
+    used = {t.original.file for t in state.tensors.values()}
+    on = {p.id for p in state.patches}
+    _clear(place.originals, used)
+    _clear(place.patches, on)
+    for left in place.folder.glob(".*.partial"):
+        disk.unlink(left)
+    if state.patches or state.tensors:
+        return
+    disk.unlink(place.stack, missing_ok=True)
+    for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER):
+        if folder.is_dir() and not any(folder.iterdir()):
+            disk.remove_folder(folder)
+    disk.sync_folder(place.checkpoint)
+
+
+def _clear(folder: Path, keep: Iterable[str]) -> None:
+    kept = set(keep)
+    for item in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if item.name not in kept:
+            if item.is_dir():
+                disk.remove_tree(item)
+            else:
+                disk.unlink(item)
+

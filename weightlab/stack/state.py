@@ -1,0 +1,207 @@
+"""What is on a checkpoint, as it lies in `.weightlab/` beside it.
+
+    .weightlab/ANCHOR.stack/stack.json      the patches that are on, and the tensors that they touch
+                            intent.json     a change that has begun (see `journal`)
+                            originals/N.bin clean bytes of touched tensors, one file a change
+                            patches/ID/     the patches themselves
+
+ANCHOR is the checkpoint's file or index. Only file names are kept, never paths: a folder can be moved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from weightlab.errors import IntegrityError
+from weightlab.files.container import strict_json
+from weightlab.files.disk import read_exactly, storage_errors
+from weightlab.patches.fit import StackEntry
+from weightlab.patches.header import Digest, canonical
+from weightlab.patches.patch import open_patch
+from weightlab.sources.local import LocalSource
+from weightlab.tensors.spec import TensorSpec
+
+FOLDER = ".weightlab"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class PatchOn(_Strict):
+    """A patch that is on. `name`: what its file was called, so that it can be named once the file is gone."""
+
+    id: Digest
+    name: str
+    scale: float
+    include: list[str] = []
+    exclude: list[str] = []
+    renames: dict[str, str] = {}
+
+
+class Original(_Strict):
+    file: str
+    offset: int
+
+
+class Touched(_Strict):
+    """A tensor that some patch touches: digests of its clean and present bytes, its shard, where its clean bytes are."""
+
+    clean: Digest
+    now: Digest
+    file: str
+    original: Original
+
+
+class StackState(_Strict):
+    """The content of stack.json. `sequence` counts changes; `headers`: header digests of the touched shards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    schema_version: int = Field(default=1, alias="schema")
+    sequence: int = 0
+    patches: list[PatchOn] = []
+    tensors: dict[str, Touched] = {}
+    headers: dict[str, Digest] = {}
+
+
+class Intent(_Strict):
+    """A change that has begun: what the state will be, which shards are set aside, which tensors are rewritten."""
+
+    new: StackState
+    shards: list[str]
+    rewrite: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """The places of one checkpoint's state."""
+
+    checkpoint: Path
+    anchor: str
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint / FOLDER / f"{self.anchor}.stack"
+
+    @property
+    def stack(self) -> Path:
+        return self.folder / "stack.json"
+
+    @property
+    def intent(self) -> Path:
+        return self.folder / "intent.json"
+
+    @property
+    def originals(self) -> Path:
+        return self.folder / "originals"
+
+    @property
+    def patches(self) -> Path:
+        return self.folder / "patches"
+
+    def patch(self, patch_id: str) -> Path:
+        return self.patches / patch_id
+
+    def read_stack(self) -> StackState:
+        """The recorded state; an empty one when there is no record.
+
+        Raises:
+            IntegrityError: the record is damaged, or gone while clean bytes are still kept.
+        """
+        state = _read(self.stack, StackState)
+        if state is None:
+            if self.originals.is_dir() and any(self.originals.iterdir()):
+                raise IntegrityError(
+                    f"{self.stack} is gone, and clean bytes are kept beside it", "restore it, or drop all with --forget"
+                )
+            return StackState()
+        return state
+
+    def read_intent(self) -> Intent | None:
+        return _read(self.intent, Intent)
+
+
+def text_of(model: BaseModel) -> bytes:
+    """A record as it is stored."""
+    return canonical(model.model_dump(by_alias=True)).encode()
+
+
+def _read(path: Path, model: type[Model]) -> Model | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return model.model_validate(strict_json(content))
+    except (ValueError, ValidationError) as error:
+        raise IntegrityError(f"{path}: damaged: {error}", "restore it, or drop the stack with --forget") from error
+
+
+def entries_of(place: StatePlace, state: StackState) -> list[StackEntry]:
+    """The recorded patches, opened.
+
+    Raises:
+        IntegrityError: one is missing or is another.
+    """
+    entries: list[StackEntry] = []
+    for on in state.patches:
+        if not place.patch(on.id).is_dir():
+            raise IntegrityError(f"{place.patch(on.id)} is missing", "restore it, or drop the stack with --forget")
+        patch = open_patch(place.patch(on.id))
+        if patch.id != on.id:
+            raise IntegrityError(f"{place.patch(on.id)} is another patch ({patch.id})", "restore it from a copy")
+        entries.append(StackEntry(patch, on.scale, tuple(on.include), tuple(on.exclude), on.renames))
+    return entries
+
+
+def record_of(entry: StackEntry, names: Mapping[str, str]) -> PatchOn:
+    """How a patch is recorded; `names`: what files were called, by id."""
+    patch = entry.patch
+    return PatchOn(
+        id=patch.id,
+        name=names.get(patch.id) or (patch.path.name if patch.path is not None else patch.id[:12]),
+        scale=entry.scale,
+        include=list(entry.include),
+        exclude=list(entry.exclude),
+        renames=dict(entry.renames),
+    )
+
+
+class CleanSource:
+    """A checkpoint as it would be without its patches: touched tensors are read from their kept clean bytes."""
+
+    def __init__(self, source: LocalSource, originals: Path, touched: Mapping[str, Touched]) -> None:
+        self._source, self._originals, self._touched = source, originals, touched
+        self.label, self.path = source.label, source.path
+        self.specs: Mapping[str, TensorSpec] = source.specs
+        self.aliases, self.opaque = source.aliases, source.opaque
+        self._descriptors: dict[str, int] = {}
+        for file in sorted({t.original.file for t in touched.values()}):
+            path = originals / file
+            if not path.is_file():
+                self.close()
+                raise IntegrityError(f"{path} is missing", "restore it, or drop the stack with --forget")
+            with storage_errors(path):
+                self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        touched = self._touched.get(name)
+        if touched is None:
+            self._source.read(name, start, out)
+        else:
+            file = touched.original.file
+            read_exactly(self._descriptors[file], touched.original.offset + start, out, self._originals / file)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+

@@ -1,0 +1,170 @@
+"""Runs one function over many tiles on worker threads with buffers that are reused.
+
+The result does not depend on the number of threads: a tile's arithmetic is its own, and what must happen in order
+(digests, appending) takes turns. torch's own threads are switched off while tiles run, in the workers only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from weightlab.errors import UsageError
+from weightlab.files.digest import Aborted, Turns
+
+Task = TypeVar("Task")
+DEFAULT_MEMORY = 512 * 2**20
+_INTERPRETER = 288 * 2**20  # measured: python, torch and the other imports
+_PER_THREAD = 40 * 2**20  # measured: buffers of fp32 and storage tiles, decoder temporaries
+
+
+class Workspace:
+    """Buffers of one worker thread, made once and reused for every tile. `device`: where arithmetic runs."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._buffers: dict[tuple[str, torch.dtype, str], Tensor] = {}
+
+    def buffer(self, key: str, numel: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """A flat tensor of `numel` elements; its content is left over from earlier use."""
+        held = self._buffers.get((key, dtype, device))
+        if held is None or held.numel() < numel:
+            held = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers[key, dtype, device] = held
+        return held[:numel]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts bytes done; `report` is called with (done, total) from worker threads."""
+
+    total: int = 0
+    report: Callable[[int, int], None] | None = None
+    done: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            if self.report is not None:
+                self.report(self.done, self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        threads: worker threads; None: one a core, at most 8.
+        memory: bytes the process should stay below, the interpreter included.
+        device: where arithmetic runs: "cpu", or an accelerator such as "cuda".
+        progress: called with (bytes done, bytes in all).
+    """
+
+    threads: int | None = None
+    memory: int = DEFAULT_MEMORY
+    device: str = "cpu"
+    progress: Callable[[int, int], None] | None = None
+
+    def workers(self) -> int:
+        """Threads that fit the memory budget.
+
+        Raises:
+            UsageError: not even one fits.
+        """
+        fitting = (self.memory - _INTERPRETER) // _PER_THREAD
+        if fitting < 1:
+            least = (_INTERPRETER + _PER_THREAD) // 2**20
+            raise UsageError(f"--memory {self.memory // 2**20}M is too small", f"give at least {least}M")
+        wanted = self.threads if self.threads is not None else min(8, len(os.sched_getaffinity(0)))
+        if wanted < 1:
+            raise UsageError(f"--threads {wanted} makes no sense", "give 1 or more")
+        return min(wanted, fitting)
+
+    def require_matrix(self, numel: int, name: str) -> None:
+        """Checks that a step which needs a whole matrix fits, where the budget was set below its need.
+
+        Raises:
+            UsageError: names the tensor and what it needs.
+        """
+        needed = _INTERPRETER + numel * 4 * 4
+        if self.memory != DEFAULT_MEMORY and needed > self.memory:
+            raise UsageError(
+                f"{name}: factorising it needs about {needed // 2**20}M", "give more --memory, or another encoding for it"
+            )
+
+
+class _Feed(Generic[Task]):
+    """Hands out tasks in order to many threads, until one fails."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._tasks: Iterator[Task] = iter(tasks)
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Task]:
+        while True:
+            with self._lock:
+                if self.stopped:
+                    return
+                try:
+                    task = next(self._tasks)
+                except StopIteration:
+                    return
+            yield task
+
+
+def run(
+    tasks: Iterable[Task],
+    work: Callable[[Task, Workspace], None],
+    resources: Resources,
+    turns: Turns | None = None,
+) -> None:
+    """Runs `work(task, workspace)` for every task, tasks begun in order.
+
+    Args:
+        turns: what `work` waits on; aborted when a thread fails, so that no one waits for ever.
+
+    Raises:
+        the first error that a thread met; the other threads end at their next tile.
+    """
+    feed = _Feed(tasks)
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        torch.set_num_threads(1)
+        workspace = Workspace(resources.device)
+        try:
+            with torch.no_grad():
+                for task in feed:
+                    work(task, workspace)
+        except Aborted:
+            return
+        except BaseException as error:  # handed to the caller's thread, where it is raised
+            errors.append(error)
+            feed.stopped = True
+            if turns is not None:
+                turns.abort()
+
+    before = torch.get_num_threads()
+    threads = [threading.Thread(target=loop, daemon=True) for _ in range(resources.workers())]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # a join without a limit would not let a signal through
+                thread.join(0.1)
+    finally:
+        feed.stopped = True
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(before)
+    if errors:
+        raise errors[0]

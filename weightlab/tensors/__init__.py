@@ -1,0 +1,1 @@
+"""Tensors without their bytes: what they are, how two checkpoints pair up, and the arithmetic on tiles."""

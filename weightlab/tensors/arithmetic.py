@@ -1,0 +1,123 @@
+"""The arithmetic of a tile, by the rules that make results the same bits on every machine.
+
+Only separate IEEE multiply, add and convert: no fused multiply-add, no `alpha=`, no matmul. Sums are in fp32 (fp64
+for fp64 tensors) and rounded once to the storage dtype. Elements whose every term is zero keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightlab.tensors.spec import BY_TORCH, DType
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CANONICAL_NAN = {
+    "F64": 0x7FF8000000000000,
+    "F32": 0x7FC00000,
+    "F16": 0x7E00,
+    "BF16": 0x7FC0,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7E,
+    "F8_E4M3FNUZ": 0x80,
+    "F8_E5M2FNUZ": 0x80,
+}
+
+
+def round_scale(scale: float) -> float:
+    """The scale as arithmetic uses it: rounded to fp32 once."""
+    return float(np.float32(scale))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory, seen as integers of the same width."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+@dataclass(slots=True)
+class Faults:
+    """What went wrong in a tile; all false is a good tile."""
+
+    input_nonfinite: bool = False
+    delta_nonfinite: bool = False
+    overflow: bool = False
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether every element is finite; one pass, no temporary. `values`: float, at least one element."""
+    low, high = torch.aminmax(values if values.element_size() > 1 else values.float())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def add_terms(
+    base: Tensor,
+    terms: Sequence[tuple[float, Tensor]],
+    out: Tensor,
+    *,
+    work: Tensor,
+    product: Tensor,
+    changed: Tensor,
+    changed_too: Tensor,
+    allow_nonfinite: bool = False,
+) -> Faults:
+    """`out = round(base + sum of scale * delta)`, terms in the order given.
+
+    Args:
+        base: flat tile in its storage dtype (a float dtype).
+        terms: (scale, delta) pairs; delta in the compute dtype (fp32 or fp64), flat, not modified.
+        out: flat tile of the storage dtype; receives the result. May not overlap `base`.
+        work, product: flat buffers in the compute dtype, of the tile's size.
+        changed, changed_too: bool buffers of the tile's size.
+        allow_nonfinite: let NaN and infinities through (NaN is written canonical) instead of reporting them.
+
+    Returns:
+        what is wrong with the tile; when anything is, `out` must not be used.
+    """
+    work.copy_(base)
+    first = True
+    for scale, delta in terms:
+        torch.ne(delta, 0, out=changed if first else changed_too)
+        if not first:
+            torch.logical_or(changed, changed_too, out=changed)
+        if scale == 1.0:
+            work.add_(delta)
+        else:
+            torch.mul(delta, scale, out=product)
+            work.add_(product)
+        first = False
+    dtype = BY_TORCH[base.dtype]
+    faults = _inspect(base, terms, work, dtype, allow_nonfinite)
+    out.copy_(work)
+    if allow_nonfinite:
+        bits(out)[torch.isnan(work)] = _as_signed(_CANONICAL_NAN[dtype.name], dtype)
+    if not first:
+        torch.where(changed, bits(out), bits(base), out=bits(out))
+    else:
+        bits(out).copy_(bits(base))
+    return faults
+
+
+def _inspect(
+    base: Tensor, terms: Sequence[tuple[float, Tensor]], result: Tensor, dtype: DType, allow_nonfinite: bool
+) -> Faults:
+    low, high = (float(v) for v in torch.aminmax(result))
+    if -dtype.limit < low and high < dtype.limit:  # false for NaN too
+        return Faults()
+    base_bad = not is_finite(base)
+    delta_bad = not all(is_finite(delta) for _, delta in terms)
+    if not (base_bad or delta_bad):
+        return Faults(overflow=True)
+    if not allow_nonfinite:
+        return Faults(input_nonfinite=base_bad, delta_nonfinite=delta_bad)
+    sane = torch.isfinite(base.to(result.dtype))
+    for _, delta in terms:
+        sane &= torch.isfinite(delta)
+    return Faults(overflow=bool(((result.abs() >= dtype.limit) & sane).any()))
+
+
+def _as_signed(pattern: int, dtype: DType) -> int:
+    return pattern - (1 << dtype.bits) if dtype.bits > 8 and pattern >> (dtype.bits - 1) else pattern
