@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -27,14 +28,23 @@ class LocalSource:
         anchor: the name of the file or of the index: what the checkpoint's state on disk is keyed by.
         headers: {file name: header}, in order of name; with an index only its files count.
         index: the index's whole content when there is one.
+        paths: {file name: where it lies now}; another name than usual while it is set aside.
     """
 
-    def __init__(self, path: Path, anchor: Path, headers: dict[str, Header], index: dict[str, object] | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        anchor: Path,
+        headers: dict[str, Header],
+        index: dict[str, object] | None,
+        suffixes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.path: Path | None = path
         self.label = str(path)
         self.folder = anchor.parent
         self.anchor = anchor.name
         self.headers = headers
+        self.paths = {file: anchor.parent / (file + suffixes.get(file, "")) for file in headers}
         self.index = index
         self.file_of: dict[str, str] = {}
         self._entries: dict[str, Entry] = {}
@@ -54,15 +64,15 @@ class LocalSource:
     def descriptor(self, file: str) -> int:
         """An open descriptor of one of the files, for reading; kept until `close`."""
         if file not in self._descriptors:
-            with storage_errors(self.folder / file):
-                opened = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            with storage_errors(self.paths[file]):
+                opened = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
             if self._descriptors.setdefault(file, opened) != opened:  # another thread was first
                 os.close(opened)
         return self._descriptors[file]
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         file = self.file_of[name]
-        read_exactly(self.descriptor(file), self._entries[name].offset + start, out, self.folder / file)
+        read_exactly(self.descriptor(file), self._entries[name].offset + start, out, self.paths[file])
 
     def close(self) -> None:
         while self._descriptors:
@@ -101,9 +111,7 @@ class _Local:
         anchor = find_anchor(path)
         if anchor is None:
             raise MissingInputError(f"{path}: no safetensors file", "check the path")
-        if anchor.name.endswith(INDEX_SUFFIX):
-            return _open_sharded(path, anchor)
-        return LocalSource(path, anchor, {anchor.name: read_header(anchor)}, None)
+        return open_anchor(path, anchor)
 
 
 def open_local(path: Path) -> LocalSource:
@@ -111,7 +119,25 @@ def open_local(path: Path) -> LocalSource:
     return SOURCE.open(path, None)
 
 
-def _open_sharded(path: Path, anchor: Path) -> LocalSource:
+def open_anchor(path: Path, anchor: Path, set_aside: str = "") -> LocalSource:
+    """Opens the checkpoint that a safetensors file or an index stands for.
+
+    Args:
+        path: what the user named; for messages.
+        set_aside: files that lie under their name with this suffix are read there.
+    """
+    if anchor.name.endswith(INDEX_SUFFIX):
+        return _open_sharded(path, anchor, set_aside)
+    suffixes = _suffixes(anchor.parent, [anchor.name], set_aside)
+    header = read_header(anchor.parent / (anchor.name + suffixes[anchor.name]))
+    return LocalSource(path, anchor, {anchor.name: header}, None, suffixes)
+
+
+def _suffixes(folder: Path, files: Iterable[str], set_aside: str) -> dict[str, str]:
+    return {f: set_aside if set_aside and (folder / (f + set_aside)).is_file() else "" for f in files}
+
+
+def _open_sharded(path: Path, anchor: Path, set_aside: str) -> LocalSource:
     try:
         index = strict_json(anchor.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -125,14 +151,15 @@ def _open_sharded(path: Path, anchor: Path) -> LocalSource:
         raise MalformedFileError(
             f"{anchor}: points outside its folder", "do not use this file", [repr(f) for f in outside]
         )
-    missing = [f for f in files if not (anchor.parent / f).is_file()]
+    suffixes = _suffixes(anchor.parent, files, set_aside)
+    missing = [f for f in files if not (anchor.parent / (f + suffixes[f])).is_file()]
     if missing:
         raise MissingInputError(
             f"{anchor}: {len(missing)} of {len(files)} shards are missing", "get the missing files", missing
         )
-    headers = {f: read_header(anchor.parent / f) for f in files}
+    headers = {f: read_header(anchor.parent / (f + suffixes[f])) for f in files}
     _check_index(anchor, weight_map, headers)
-    return LocalSource(path, anchor, headers, index)
+    return LocalSource(path, anchor, headers, index, suffixes)
 
 
 def _check_index(anchor: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
