@@ -182,6 +182,28 @@ def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length:
     _saw("copy", path)
 
 
+def copy_file(source: Path, target: Path) -> int:
+    """Copies a whole file to one that does not exist yet; returns its size."""
+    fd = create(target)
+    try:
+        with storage_errors(source), source.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            copy_range(opened.fileno(), 0, fd, 0, size, target)
+    finally:
+        os.close(fd)
+    return size
+
+
+def sync_path(path: Path) -> None:
+    """Syncs a file by name."""
+    with storage_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync_file(fd, path)
+    finally:
+        os.close(fd)
+
+
 def require_room(folder: Path, needed: int, largest_file: int) -> None:
     """Checks, before anything is written, that `needed` bytes fit on the disk and one file may be so large.
 

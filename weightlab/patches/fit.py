@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,9 +10,10 @@ from weightlab.errors import MisfitError, NamesMismatchError, StackError
 from weightlab.patches.header import Record
 from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
+from weightlab.patches.ties import redundant_copy_of
 from weightlab.sources import Source
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.select import rename, select
+from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
 
 Mode = Literal["sum", "restore", "add", "remove"]
@@ -82,7 +83,7 @@ class Target:
 
 @dataclass(slots=True)
 class Fit:
-    """Every tensor that the patches touch, and which of those are redundant copies that follow a tied one."""
+    """Every tensor that the patches touch, and which of those follow the tensor that they are a copy of."""
 
     targets: dict[str, Target] = field(default_factory=dict)
     followers: dict[str, str] = field(default_factory=dict)
@@ -113,14 +114,21 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     undefined: list[str] = []
     for entry in entries:
         taken: dict[str, str] = {}
-        for target, name in entry.targets().items():
+        targets = entry.targets()
+        present = [n for t, n in targets.items() if source.aliases.get(t, t) in source.specs]
+        for target, name in targets.items():
             stored = source.aliases.get(target, target)
             if stored in taken:  # one patch, two names of one tied tensor: the same change counts once
                 if not _same_change(entry.patch, taken[stored], name):
                     misfits.append(f"{target}: tied to {stored} here, and {entry.patch.label} changes the two differently")
                 continue
+            if stored not in source.specs and _twin(entry.patch, name, present):
+                continue  # tied: the checkpoint stores once what the patch's own base stored twice
             taken[stored] = name
             _add(result, source, stored, entry, name, misfits, undefined)
+        for copy, original in _copies(source, taken, entry.exclude).items():
+            result.followers[copy] = original
+            _add(result, source, copy, entry, taken[original], misfits, undefined)
     if misfits:
         raise NamesMismatchError(
             f"{len(misfits)} tensors do not fit {source.label}",
@@ -135,6 +143,33 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     if undefined:
         raise StackError("these patches exclude one another", "use one of them, or leave tensors out", undefined)
     return result
+
+
+def _twin(patch: Patch, name: str, others: Iterable[str]) -> bool:
+    """Whether one of `others` is the same tensor of the patch's base, changed in the same way."""
+    digest = patch.records[name].base_digest
+    return digest is not None and any(
+        patch.records[other].base_digest == digest and _same_change(patch, name, other) for other in others
+    )
+
+
+def _copies(source: Source, touched: Collection[str], exclude: Sequence[str]) -> dict[str, str]:
+    """Tied tensors that the checkpoint stores twice where the patch names one: {the other: the one that is named}.
+
+    Embeddings and heads only: matrices outside the numbered layers. A checkpoint whose configuration says that its
+    embeddings are not tied has none.
+    """
+    config = getattr(source, "config", {})
+    if config.get("tie_word_embeddings") is False:
+        return {}
+    loose = [n for n, s in source.specs.items() if len(s.shape) == 2 and not any(w.isdigit() for w in n.split("."))]
+    found: dict[str, str] = {}
+    for name in loose:
+        if name in touched:
+            for other in loose:
+                if other not in touched and not matches(other, exclude) and redundant_copy_of(source, other, [name]):
+                    found[other] = name
+    return found
 
 
 def _same_change(patch: Patch, first: str, second: str) -> bool:

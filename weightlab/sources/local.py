@@ -133,6 +133,16 @@ def open_anchor(path: Path, anchor: Path, set_aside: str = "") -> LocalSource:
     return LocalSource(path, anchor, {anchor.name: header}, None, suffixes)
 
 
+def shards_in(index: Path) -> frozenset[str]:
+    """The file names that an index lists; none when it is no index."""
+    try:
+        tree = strict_json(index.read_bytes())
+    except (ValueError, RecursionError):
+        return frozenset()
+    weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
+    return frozenset(str(v) for v in weight_map.values()) if isinstance(weight_map, dict) else frozenset()
+
+
 def _suffixes(folder: Path, files: Iterable[str], set_aside: str) -> dict[str, str]:
     return {f: set_aside if set_aside and (folder / (f + set_aside)).is_file() else "" for f in files}
 

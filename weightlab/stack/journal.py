@@ -23,12 +23,11 @@ from pathlib import Path
 from weightlab.errors import IntegrityError
 from weightlab.files import disk
 from weightlab.files.atomic import replace_file
-from weightlab.files.container import read_header
 from weightlab.files.digest import Turns, tensor_hasher
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import Target, fit
 from weightlab.sources import Source
-from weightlab.sources.local import LocalSource
+from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack.state import FOLDER, CleanSource, Intent, StackState, StatePlace, entries_of, text_of
 from weightlab.stream.executor import Progress, Resources, Workspace, run
 from weightlab.tensors.tiles import tiles
@@ -182,11 +181,12 @@ def recover(place: StatePlace, resources: Resources) -> str | None:
 
 
 def _undo(place: StatePlace, state: StackState, intent: Intent, busy: Sequence[str], resources: Resources) -> None:
-    # The shards are complete files under another name, so they open as a source of their own.
-    source = _source_of_busy(place, busy)
+    # The shards that are set aside are complete files under another name.
+    anchor = place.checkpoint / place.anchor
+    source = open_anchor(anchor, anchor, BUSY)
     known = {**intent.new.tensors, **state.tensors}
-    names = [n for n in intent.rewrite if n in source.file_of]
-    clean = CleanSource(source, place.originals, {n: known[n] for n in names})
+    names = [n for n in intent.rewrite if source.file_of[n] in busy]
+    clean = CleanSource(source, place.originals, known)
     try:
         before = fit(clean, entries_of(place, state)).targets if state.patches else {}
         targets = [before.get(n) or Target(clean.specs[n], clean.specs[n], "sum", []) for n in names]
@@ -206,11 +206,6 @@ def _undo(place: StatePlace, state: StackState, intent: Intent, busy: Sequence[s
         source.close()
 
 
-def _source_of_busy(place: StatePlace, busy: Sequence[str]) -> LocalSource:
-    headers = {shard: read_header(place.checkpoint / (shard + BUSY)) for shard in busy}
-    return LocalSource(place.checkpoint / place.anchor, place.checkpoint / place.anchor, headers, None)
-
-
 def collect_garbage(place: StatePlace) -> None:
     """Removes kept bytes and patches that nothing refers to; everything, when no patch is on. Safe to repeat."""
     if not place.folder.is_dir():
@@ -224,6 +219,8 @@ def collect_garbage(place: StatePlace) -> None:
         disk.unlink(left)
     if state.patches or state.tensors:
         return
+    if place.originals.is_dir():
+        disk.sync_folder(place.originals)  # the record goes after what it vouches for
     disk.unlink(place.stack, missing_ok=True)
     for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -130,6 +130,17 @@ class StatePlace:
         return _read(self.intent, Intent)
 
 
+def places(checkpoint: Path) -> list[StatePlace]:
+    """All states that are kept in a checkpoint's folder."""
+    folders = sorted((checkpoint / FOLDER).glob("*.stack")) if (checkpoint / FOLDER).is_dir() else []
+    return [StatePlace(checkpoint, folder.name.removesuffix(".stack")) for folder in folders]
+
+
+def pending(checkpoint: Path) -> list[StatePlace]:
+    """The states of that folder in which a change has begun and not ended."""
+    return [place for place in places(checkpoint) if place.intent.exists()]
+
+
 def text_of(model: BaseModel) -> bytes:
     """A record as it is stored."""
     return canonical(model.model_dump(by_alias=True)).encode()
@@ -163,12 +174,11 @@ def entries_of(place: StatePlace, state: StackState) -> list[StackEntry]:
     return entries
 
 
-def record_of(entry: StackEntry, names: Mapping[str, str]) -> PatchOn:
-    """How a patch is recorded; `names`: what files were called, by id."""
-    patch = entry.patch
+def record_of(entry: StackEntry, name: str) -> PatchOn:
+    """How a patch is recorded; `name`: what its file is called, so that it can be named once the file is gone."""
     return PatchOn(
-        id=patch.id,
-        name=names.get(patch.id) or (patch.path.name if patch.path is not None else patch.id[:12]),
+        id=entry.patch.id,
+        name=name,
         scale=entry.scale,
         include=list(entry.include),
         exclude=list(entry.exclude),
@@ -183,7 +193,7 @@ class CleanSource:
         self._source, self._originals, self._touched = source, originals, touched
         self.label, self.path = source.label, source.path
         self.specs: Mapping[str, TensorSpec] = source.specs
-        self.aliases, self.opaque = source.aliases, source.opaque
+        self.aliases, self.opaque, self.config = source.aliases, source.opaque, source.config
         self._descriptors: dict[str, int] = {}
         for file in sorted({t.original.file for t in touched.values()}):
             path = originals / file

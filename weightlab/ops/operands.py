@@ -1,0 +1,144 @@
+"""What users name: a model (a path or a state dict) and patches (`PATH[@SCALE]` or objects)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from weightlab.errors import IntegrityError, MissingInputError, UnsupportedFormatError, UsageError
+from weightlab.files.lock import folder_lock
+from weightlab.patches.patch import Patch, open_patch
+from weightlab.sources import Source, open_source
+from weightlab.sources._memory import MemorySource
+from weightlab.stack.state import pending
+
+PathLike: TypeAlias = str | os.PathLike[str]
+ModelLike: TypeAlias = PathLike | Mapping[str, Tensor]
+PatchLike: TypeAlias = Patch | PathLike
+PatchesLike: TypeAlias = PatchLike | Sequence[PatchLike]
+
+_HUB = "hf://"
+
+
+def model_path(operand: PathLike) -> Path:
+    """The path of a checkpoint on disk.
+
+    Raises:
+        MissingInputError: nothing is there, or it is a name on the Hub.
+    """
+    text = os.fspath(operand)
+    path = Path(text)
+    if path.exists():
+        return path
+    if text.startswith(_HUB) or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix):
+        name = text.removeprefix(_HUB)
+        raise MissingInputError(
+            f"{text}: no such path (and names on the Hub are not fetched here)",
+            f"download it first, for example: hf download {name} --local-dir {name.split('/')[-1]}",
+        )
+    raise MissingInputError(f"{text}: no such file or folder", "check the path")
+
+
+def folder_of(path: Path) -> Path:
+    """The folder whose lock guards the checkpoint at `path`."""
+    return path if path.is_dir() else path.absolute().parent
+
+
+@contextmanager
+def reading(operand: ModelLike, *, key: str | None = None, wait: float = 0.0) -> Iterator[Source]:
+    """Opens a model for reading: no one changes it meanwhile.
+
+    Args:
+        key: where in a nested pickle the state dict lies.
+        wait: seconds to wait for a process that is changing it.
+
+    Raises:
+        BusyError: another process is changing it.
+        IntegrityError: a change of it was interrupted and has not been undone yet.
+    """
+    if isinstance(operand, Mapping):
+        yield MemorySource(operand)
+        return
+    path = model_path(operand)
+    with folder_lock(folder_of(path), exclusive=False, wait=wait):
+        refuse_pending(path)
+        source = open_source(path, key)
+        try:
+            yield source
+        finally:
+            source.close()
+
+
+def refuse_pending(path: Path) -> None:
+    """Raises:
+    IntegrityError: a change in the folder of that checkpoint was interrupted.
+    """
+    begun = pending(folder_of(path))
+    if begun:
+        raise IntegrityError(
+            f"{path}: a change of it was interrupted", f"undo or finish it with `weightlab status {path}`",
+            [f"{place.anchor}: see {place.intent}" for place in begun],
+        )
+
+
+def parse_patch(text: str) -> tuple[str, float | None]:
+    """Splits `PATH[@SCALE]`. A path that exists wins as a whole.
+
+    Raises:
+        UsageError: `hf://org/name@NUMBER`, where the number could be a revision.
+    """
+    if Path(text).exists():
+        return text, None
+    head, sign, tail = text.rpartition("@")
+    scale = _number(tail) if sign else None
+    if scale is None or not head:
+        return text, None
+    if head.startswith(_HUB) and "@" not in head:
+        raise UsageError(
+            f"{text}: {tail} could be a revision or a scale", f"write {head}@main@{tail} or {head}@{tail}@1"
+        )
+    return head, scale
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def open_patches(operands: PatchesLike) -> list[Patch]:
+    """Opens patches, each with its scale: that of the operand, else its own default.
+
+    Raises:
+        MissingInputError, MalformedFileError, IntegrityError: see `open_patch`.
+    """
+    return [_opened(operand) for operand in listed(operands)]
+
+
+def listed(operands: PatchesLike) -> list[PatchLike]:
+    """One or several operands as a list."""
+    return [operands] if isinstance(operands, str | os.PathLike | Patch) else list(operands)
+
+
+def _opened(operand: PatchLike) -> Patch:
+    if isinstance(operand, Patch):
+        return operand
+    name, scale = parse_patch(os.fspath(operand))
+    path = Path(name)
+    if (path / "adapter_config.json").is_file():
+        raise UnsupportedFormatError(
+            f"{path}: a PEFT adapter; this version of weightlab does not read adapters",
+            "merge it into its model with peft (merge_and_unload), then take a diff",
+        )
+    if not path.exists() and name.startswith(_HUB):
+        raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
+    patch = open_patch(path)
+    return patch if scale is None else patch.at(scale)

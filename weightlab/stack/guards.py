@@ -1,0 +1,94 @@
+"""Whether a checkpoint may be changed in place, and ending what an earlier change left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError
+from weightlab.files import disk
+from weightlab.patches.compute import digest_tensors
+from weightlab.sources.local import INDEX_SUFFIX, LocalSource, find_anchor, shards_in
+from weightlab.stack import journal
+from weightlab.stack.signals import uninterrupted
+from weightlab.stack.state import FOLDER, StackState, StatePlace, pending, places
+from weightlab.stream.executor import Resources
+
+REMEDY = (
+    "restore the files from a copy; or keep them as they are and drop what weightlab knows: weightlab remove {} --forget"
+)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that a checkpoint lies in: what its lock is on."""
+    return path if path.is_dir() else path.absolute().parent
+
+
+def recover_all(folder: Path, resources: Resources) -> list[str]:
+    """Ends whatever was interrupted in a folder; the caller holds the exclusive lock. Returns what was done."""
+    notes: list[str] = []
+    for place in places(folder):
+        with uninterrupted():
+            done = journal.recover(place, resources)
+            if done is None:
+                journal.collect_garbage(place)
+        if done is not None:
+            notes.append(f"{place.anchor}: {done}")
+    return notes
+
+
+def place_of(path: Path) -> StatePlace:
+    """The place of a checkpoint's state.
+
+    Raises:
+        NotPatchableError: it cannot be changed in place; says why.
+        IntegrityError: a change was interrupted and has not been undone.
+    """
+    folder = folder_of(path)
+    begun = pending(folder)
+    if begun:
+        raise IntegrityError(f"{path}: a change of it was interrupted", "run the command without --dry-run")
+    anchor = find_anchor(path)
+    if anchor is None:
+        if not path.exists():
+            raise MissingInputError(f"{path}: no such file or folder", "check the path")
+        raise NotPatchableError(
+            f"{path}: only safetensors checkpoints are changed in place", "write a new checkpoint with --out"
+        )
+    resolved = folder.resolve()
+    if any(p.startswith("models--") and "snapshots" in resolved.parts[i:] for i, p in enumerate(resolved.parts)):
+        raise NotPatchableError(
+            f"{path}: a snapshot in the Hub's cache is never changed in place: other programs rely on it",
+            "write a new checkpoint with --out",
+        )
+    owners = [
+        index.name
+        for index in sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+        if index.name != anchor.name and anchor.name in shards_in(index)
+    ]
+    if owners:
+        raise NotPatchableError(f"{path}: one shard of a larger checkpoint", f"give the folder {folder}", owners)
+    return StatePlace(resolved, anchor.name)
+
+
+def check_unchanged(path: Path, source: LocalSource, state: StackState, resources: Resources) -> None:
+    """Checks that the touched tensors are as weightlab left them.
+
+    Raises:
+        IntegrityError: lists every file and tensor that someone else changed.
+    """
+    wrong = [
+        f"{file}: not the file that was patched"
+        for file, digest in state.headers.items()
+        if file not in source.headers or source.headers[file].digest != digest
+    ]
+    if not wrong:
+        wrong = [f"{n}: not in the checkpoint any more" for n in state.tensors if n not in source.specs]
+    if not wrong:
+        found = digest_tensors(source, state.tensors, resources)
+        wrong = [f"{n}: changed" for n, touched in state.tensors.items() if found[n] != touched.now]
+    if wrong:
+        raise IntegrityError(
+            f"{path}: something else changed it while patches were on, so they cannot be taken off",
+            REMEDY.format(path),
+            wrong,
+        )

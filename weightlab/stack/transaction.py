@@ -1,0 +1,353 @@
+"""One change of what is on a checkpoint: from the lock to the last sync (the order is that of `journal`)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError, WeightlabError
+from weightlab.files import disk
+from weightlab.files.atomic import SUFFIX, replace_file
+from weightlab.files.lock import folder_lock
+from weightlab.patches.compute import check_bases
+from weightlab.patches.fit import StackEntry, Target, fit
+from weightlab.patches.patch import Patch
+from weightlab.sources.local import LocalSource, open_anchor
+from weightlab.stack import journal
+from weightlab.stack.guards import REMEDY, check_unchanged, folder_of, place_of, recover_all
+from weightlab.stack.signals import uninterrupted
+from weightlab.stack.state import (
+    FOLDER,
+    CleanSource,
+    Intent,
+    Original,
+    PatchOn,
+    StackState,
+    StatePlace,
+    Touched,
+    entries_of,
+    places,
+    record_of,
+    text_of,
+)
+from weightlab.stream.executor import Resources
+
+Links: TypeAlias = Literal["refuse", "copy"]
+On: TypeAlias = tuple[str, StackEntry]
+"""What a patch is called, and the patch as it is used."""
+Decide: TypeAlias = Callable[[Sequence[On]], Sequence[On]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeOptions:
+    """How a change in place is made.
+
+    Attributes:
+        links: what to do about a shard that is a symbolic link or has other hard links: refuse, or give the checkpoint
+            a copy of its own first. It is never written through.
+        wait: seconds to wait for another process.
+        dry_run: check and compute everything, write nothing.
+    """
+
+    links: Links = "refuse"
+    allow_nonfinite: bool = False
+    wait: float = 0.0
+    dry_run: bool = False
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass(slots=True)
+class Changed:
+    """What a change did: the state afterwards, tensors computed anew, bytes written, and what to tell the user."""
+
+    state: StackState
+    tensors: int = 0
+    bytes_written: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def change(path: Path, decide: Decide, options: ChangeOptions) -> Changed:
+    """Makes the patches that are on a checkpoint those that `decide` returns, in place, whole or not at all.
+
+    Args:
+        path: a safetensors file, or a folder with one or with shards and their index.
+        decide: gets what is on (after recovery) and returns what shall be on; its errors leave everything as it is.
+
+    Raises:
+        NotPatchableError: this checkpoint, or this change of it, cannot be made in place.
+        IntegrityError: the files are not as weightlab left them; nothing is written.
+        BusyError, StorageError, MisfitError and others: see `fit` and `results`; everything is as before.
+    """
+    folder = folder_of(path)
+    if not folder.is_dir():
+        raise MissingInputError(f"{path}: no such file or folder", "check the path")
+    with folder_lock(folder, exclusive=not options.dry_run, wait=options.wait):
+        notes = [] if options.dry_run else recover_all(folder, options.resources)
+        place = place_of(path)
+        source = open_anchor(path, place.checkpoint / place.anchor)
+        try:
+            changed = _Change(path, place, source, options).make(decide)
+        finally:
+            source.close()
+    changed.notes[:0] = notes
+    return changed
+
+
+def forget(path: Path, wait: float) -> list[str]:
+    """Drops the record of what is on a checkpoint and keeps its files as they are. Returns notes."""
+    folder = folder_of(path)
+    with folder_lock(folder, exclusive=True, wait=wait):
+        chosen = [p for p in places(folder) if path.is_dir() or p.anchor == path.name]
+        notes = [f"{p.anchor}: its kept clean bytes and patches are removed" for p in chosen]
+        for place in chosen:
+            left = [s.name for s in sorted(folder.glob(f"*{journal.BUSY}"))] if place.intent.exists() else []
+            notes += [f"{name}: half written, left where it is; do not use it" for name in left]
+            disk.remove_tree(place.folder)
+        if (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
+            disk.remove_folder(folder / FOLDER)
+        disk.sync_folder(folder)
+    return notes
+
+
+class _Change:
+    """The steps of one change, with what they share."""
+
+    def __init__(self, path: Path, place: StatePlace, source: LocalSource, options: ChangeOptions) -> None:
+        self.path, self.place, self.source, self.options = path, place, source, options
+        self.state = place.read_stack()
+
+    def make(self, decide: Decide) -> Changed:
+        check_unchanged(self.path, self.source, self.state, self.options.resources)
+        entries = entries_of(self.place, self.state)
+        current = [(on.name, entry) for on, entry in zip(self.state.patches, entries, strict=True)]
+        wanted = sorted(decide(current), key=lambda on: on[1].patch.id)
+        records = [record_of(entry, name) for name, entry in wanted]
+        if records == self.state.patches:
+            return Changed(self.state, notes=["nothing to change"])
+        clean = CleanSource(self.source, self.place.originals, self.state.tensors)
+        try:
+            before = fit(clean, entries).targets
+            fitted = fit(clean, [entry for _, entry in wanted])
+            if fitted.reshapes:
+                raise NotPatchableError(
+                    f"{self.path}: these tensors would change size or dtype, or come or go, which cannot be done in place",
+                    "write a new checkpoint with --out",
+                    [str(fitted.targets[n].result) for n in fitted.reshapes],
+                )
+            rewrite = self._rewrite(before, fitted.targets)
+            self._refuse_links(rewrite)
+            patches = {t.patch.id: t.patch for target in rewrite for t in target.terms}
+            for patch in patches.values():
+                patch.verify(self.options.resources)
+            check_bases(clean, rewrite, self.options.resources)
+            if self.options.dry_run:
+                return self._rehearse(clean, rewrite, records)
+            return self._perform(clean, rewrite, records, fitted.targets, [e.patch for _, e in wanted])
+        finally:
+            clean.close()
+
+    def _rewrite(self, before: dict[str, Target], after: dict[str, Target]) -> list[Target]:
+        """The tensors whose terms change, in the order of their places; what is touched no more becomes clean."""
+        names = [n for n in {**before, **after} if _recipe(before.get(n)) != _recipe(after.get(n))]
+        names.sort(key=lambda n: (self.source.file_of[n], self.source.entry(n).offset))
+        specs = self.source.specs
+        return [after.get(n) or Target(specs[n], specs[n], "sum", []) for n in names]
+
+    def _shards(self, rewrite: Sequence[Target]) -> list[str]:
+        return sorted({self.source.file_of[t.spec.name] for t in rewrite})
+
+    def _linked(self, rewrite: Sequence[Target]) -> list[str]:
+        states = {shard: os.lstat(self.place.checkpoint / shard) for shard in self._shards(rewrite)}
+        return [s for s, found in states.items() if stat.S_ISLNK(found.st_mode) or found.st_nlink > 1]
+
+    def _refuse_links(self, rewrite: Sequence[Target]) -> None:
+        linked = self._linked(rewrite)
+        if linked and self.options.links == "refuse":
+            raise NotPatchableError(
+                f"{self.path}: files of it are symbolic links or have other names, and would change there too",
+                "give this checkpoint its own copies with --links copy, or write a new one with --out",
+                linked,
+            )
+
+    def _rehearse(self, clean: CleanSource, rewrite: Sequence[Target], records: list[PatchOn]) -> Changed:
+        self._require_room(rewrite, [])
+        found = journal.results(
+            clean, rewrite, self.options.resources, allow_nonfinite=self.options.allow_nonfinite
+        )
+        self._check(rewrite, found)
+        state = self.state.model_copy(update={"patches": records})
+        return Changed(state, len(rewrite), self._bytes(rewrite), ["nothing was written (dry run)"])
+
+    def _bytes(self, rewrite: Sequence[Target]) -> int:
+        new = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
+        return new + sum(t.spec.nbytes for t in rewrite)
+
+    def _require_room(self, rewrite: Sequence[Target], patches: Sequence[Patch]) -> None:
+        kept = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
+        device = os.stat(self.place.checkpoint).st_dev
+        copied = [os.stat(f) for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
+        linked = [os.stat(self.place.checkpoint / s).st_size for s in self._linked(rewrite)]
+        sizes = [os.stat(self.place.checkpoint / s).st_size for s in self._shards(rewrite)]
+        needed = kept + sum(f.st_size for f in copied if f.st_dev != device) + sum(linked)
+        disk.require_room(self.place.checkpoint, needed, max([kept, *sizes], default=0))
+
+    def _check(self, rewrite: Sequence[Target], found: dict[str, tuple[str, str]]) -> None:
+        damaged = [
+            t.spec.name
+            for t in rewrite
+            if t.spec.name in self.state.tensors and found[t.spec.name][0] != self.state.tensors[t.spec.name].clean
+        ]
+        wrong = [
+            t.spec.name for t in rewrite if t.result_digest is not None and found[t.spec.name][1] != t.result_digest
+        ]
+        if damaged:
+            raise IntegrityError(f"{self.path}: kept clean bytes are damaged", REMEDY.format(self.path), damaged)
+        if wrong:
+            raise IntegrityError(
+                f"{self.path}: an exact patch did not give what it promises", "check the memory and the disk", wrong
+            )
+
+    def _perform(
+        self,
+        clean: CleanSource,
+        rewrite: Sequence[Target],
+        records: list[PatchOn],
+        targets: dict[str, Target],
+        patches: Sequence[Patch],
+    ) -> Changed:
+        place, options = self.place, self.options
+        try:
+            self._require_room(rewrite, patches)
+            for folder in (place.checkpoint / FOLDER, place.folder, place.originals, place.patches):
+                disk.make_folder(folder)
+            if not place.stack.exists():  # so that kept bytes are never found without a record
+                replace_file(place.stack, text_of(self.state))
+            found = self._keep(clean, rewrite)
+            for patch in patches:
+                _store(place, patch)
+            new = self._new_state(records, targets, found)
+            own = self._own_copies(rewrite)
+            for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER, place.checkpoint):
+                disk.sync_folder(folder)
+        except BaseException:
+            with uninterrupted():
+                journal.collect_garbage(place)
+            raise
+        intent = Intent(new=new, shards=self._shards(rewrite), rewrite=[t.spec.name for t in rewrite])
+        known = CleanSource(self.source, place.originals, {**new.tensors, **self.state.tensors})
+        try:
+            journal.begin(place, intent)
+            expected = {name: digests[1] for name, digests in found.items()}
+            journal.write_shards(
+                place, self.source, known, rewrite, expected, options.resources, allow_nonfinite=options.allow_nonfinite
+            )
+            with uninterrupted():
+                journal.commit(place, new)
+                journal.finish(place, intent)
+        except BaseException as error:
+            with uninterrupted():
+                self._go_back(error)
+            raise
+        finally:
+            known.close()
+        return Changed(new, len(rewrite), self._bytes(rewrite), own)
+
+    def _go_back(self, error: BaseException) -> None:
+        try:
+            journal.recover(self.place, self.options.resources)
+        except WeightlabError as second:
+            second.remedy += f" (the change was undone because: {error}); then run `weightlab status {self.path}`"
+            raise second from error
+
+    def _keep(self, clean: CleanSource, rewrite: Sequence[Target]) -> dict[str, tuple[str, str]]:
+        """Step 2 and half of 3: computes every result, keeps the clean bytes of newly touched tensors."""
+        options, folder = self.options, self.place.originals
+        fresh = [t for t in rewrite if t.spec.name not in self.state.tensors]
+        self._originals = _offsets(fresh, f"{self.state.sequence + 1}.bin")
+        if not fresh:
+            found = journal.results(clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite)
+            self._check(rewrite, found)
+            return found
+        temporary = folder / f".{self.state.sequence + 1}.bin{SUFFIX}"
+        fd = disk.create(temporary)
+        try:
+            keep = {name: (fd, original.offset, temporary) for name, original in self._originals.items()}
+            found = journal.results(
+                clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite, keep=keep
+            )
+            self._check(rewrite, found)
+            disk.sync_file(fd, temporary)
+        finally:
+            os.close(fd)
+        disk.rename(temporary, folder / f"{self.state.sequence + 1}.bin")
+        return found
+
+    def _new_state(
+        self, records: list[PatchOn], targets: dict[str, Target], found: dict[str, tuple[str, str]]
+    ) -> StackState:
+        tensors: dict[str, Touched] = {}
+        for name in targets:
+            known = self.state.tensors.get(name)
+            if name in found:
+                original = known.original if known is not None else self._originals[name]
+                clean, now = found[name]
+                tensors[name] = Touched(clean=clean, now=now, file=self.source.file_of[name], original=original)
+            elif known is not None:
+                tensors[name] = known
+            else:
+                raise AssertionError(f"{name} is touched and was not computed")
+        headers = {t.file: self.source.headers[t.file].digest for t in tensors.values()}
+        return StackState(sequence=self.state.sequence + 1, patches=records, tensors=tensors, headers=headers)
+
+    def _own_copies(self, rewrite: Sequence[Target]) -> list[str]:
+        """Replaces shards that are links by copies of their own; the content stays, so a crash does no harm."""
+        notes: list[str] = []
+        for shard in self._linked(rewrite):
+            path = self.place.checkpoint / shard
+            temporary = path.with_name(f".{shard}.{secrets.token_hex(4)}{SUFFIX}")
+            try:
+                disk.copy_file(path, temporary)
+                disk.sync_path(temporary)
+                disk.rename(temporary, path)
+            except BaseException:
+                disk.unlink(temporary, missing_ok=True)
+                raise
+            notes.append(f"{shard} was a link; it is a copy of its own now")
+        return notes
+
+
+def _recipe(target: Target | None) -> object:
+    if target is None:
+        return None
+    return target.mode, [(t.patch.id, t.name, t.scale) for t in target.terms]
+
+
+def _offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
+    originals: dict[str, Original] = {}
+    position = 0
+    for target in targets:
+        originals[target.spec.name] = Original(file=file, offset=position)
+        position += target.spec.nbytes
+    return originals
+
+
+def _store(place: StatePlace, patch: Patch) -> None:
+    """Keeps a patch beside the checkpoint, under a second name of its files where the file system allows it."""
+    final = place.patch(patch.id)
+    if final.is_dir():
+        return
+    temporary = place.patches / f".{patch.id}{SUFFIX}"
+    disk.make_folder(temporary)
+    several = len(patch.files) > 1
+    for name, source in patch.files.items():
+        target = temporary / (name if several else "patch.safetensors")
+        if not disk.hard_link(source, target):
+            disk.copy_file(source, target)
+        disk.sync_path(target)
+    disk.sync_folder(temporary)
+    disk.rename(temporary, final)
