@@ -21,7 +21,7 @@ from weightlab.encodings import Plan
 from weightlab.errors import NonFiniteError
 from weightlab.extract.pair import PairDelta, TensorPair
 from weightlab.extract.rules import Choice, EncodeRules, Rules
-from weightlab.extract.ties import redundant_copy_of
+from weightlab.patches.ties import redundant_copy_of
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file, atomic_folder, refuse_existing
 from weightlab.files.digest import Turns, fingerprint, tensor_hasher
