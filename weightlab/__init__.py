@@ -16,10 +16,11 @@ from weightlab.errors import WeightlabError
 from weightlab.version import __version__
 
 if TYPE_CHECKING:
-    from weightlab.ops.apply import apply, remove, scale, status
+    from weightlab.ops.apply import apply
     from weightlab.ops.compose import compose
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.stack import remove, scale, status
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
     from weightlab.runtime.patched import PatchStack, patched
@@ -35,9 +36,9 @@ _WHERE = {
     "inspect": "weightlab.ops.inspect",
     "open_patch": "weightlab.patches.patch",
     "patched": "weightlab.runtime.patched",
-    "remove": "weightlab.ops.apply",
-    "scale": "weightlab.ops.apply",
-    "status": "weightlab.ops.apply",
+    "remove": "weightlab.ops.stack",
+    "scale": "weightlab.ops.stack",
+    "status": "weightlab.ops.stack",
     "verify": "weightlab.ops.verify",
 }
 

@@ -16,6 +16,7 @@ from weightlab.files.lock import folder_lock
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.sources import Source, open_source
 from weightlab.sources._memory import MemorySource
+from weightlab.stack.guards import folder_of
 from weightlab.stack.state import pending
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -31,9 +32,12 @@ def model_path(operand: PathLike) -> Path:
 
     Raises:
         MissingInputError: nothing is there, or it is a name on the Hub.
+        IntegrityError: a change of it was interrupted and has not been undone yet.
     """
     text = os.fspath(operand)
     path = Path(text)
+    if folder_of(path).is_dir():  # first: while a change is interrupted, the file itself may be missing
+        refuse_pending(path)
     if path.exists():
         return path
     if text.startswith(_HUB) or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix):
@@ -43,11 +47,6 @@ def model_path(operand: PathLike) -> Path:
             f"download it first, for example: hf download {name} --local-dir {name.split('/')[-1]}",
         )
     raise MissingInputError(f"{text}: no such file or folder", "check the path")
-
-
-def folder_of(path: Path) -> Path:
-    """The folder whose lock guards the checkpoint at `path`."""
-    return path if path.is_dir() else path.absolute().parent
 
 
 @contextmanager
@@ -142,3 +141,10 @@ def _opened(operand: PatchLike) -> Patch:
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
     patch = open_patch(path)
     return patch if scale is None else patch.at(scale)
+
+
+def label_of(operand: PatchLike, patch: Patch) -> str:
+    """What a patch is recorded as: the name of its file or folder."""
+    if isinstance(operand, Patch):
+        return patch.path.name if patch.path is not None else patch.id[:12]
+    return Path(parse_patch(os.fspath(operand))[0]).resolve().name

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+
+from weightlab.stack.transaction import Changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,15 @@ class Status:
     kept_bytes: int = 0
     intact: bool = True
     notes: list[str] = field(default_factory=list)
+
+
+def outcome_of(model: str | os.PathLike[str], changed: Changed, dry_run: bool) -> Outcome:
+    """The report on a change in place."""
+    return Outcome(
+        os.fspath(model),
+        patches=[PatchOnInfo(p.id, p.name, p.scale) for p in changed.state.patches],
+        tensors=changed.tensors,
+        bytes_written=changed.bytes_written,
+        notes=changed.notes,
+        dry_run=dry_run,
+    )

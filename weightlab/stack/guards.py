@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError
 from weightlab.files import disk
 from weightlab.patches.compute import digest_tensors
+from weightlab.patches.fit import StackEntry
+from weightlab.sources import Source
 from weightlab.sources.local import INDEX_SUFFIX, LocalSource, find_anchor, shards_in
 from weightlab.stack import journal
 from weightlab.stack.signals import uninterrupted
-from weightlab.stack.state import FOLDER, StackState, StatePlace, pending, places
+from weightlab.stack.state import CleanSource, StackState, StatePlace, entries_of, pending, places
 from weightlab.stream.executor import Resources
+
+On: TypeAlias = tuple[str, StackEntry]
+"""What a patch is called, and the patch as it is used."""
 
 REMEDY = (
     "restore the files from a copy; or keep them as they are and drop what weightlab knows: weightlab remove {} --forget"
@@ -92,3 +100,24 @@ def check_unchanged(path: Path, source: LocalSource, state: StackState, resource
             REMEDY.format(path),
             wrong,
         )
+
+
+@contextmanager
+def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, list[On]]]:
+    """A checkpoint without the patches that are on it, and those patches. The caller holds its lock.
+
+    Raises:
+        IntegrityError: the files are not as weightlab left them.
+    """
+    if not isinstance(source, LocalSource):
+        yield source, []
+        return
+    place = StatePlace(source.folder, source.anchor)
+    state = place.read_stack()
+    check_unchanged(Path(source.label), source, state, resources)
+    on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]
+    clean = CleanSource(source, place.originals, state.tensors)
+    try:
+        yield clean, on
+    finally:
+        clean.close()

@@ -53,7 +53,7 @@ class Original(_Strict):
 
 
 class Touched(_Strict):
-    """A tensor that some patch touches: digests of its clean and present bytes, its shard, where its clean bytes are."""
+    """A tensor that some patch touches: digests of its clean and present bytes, its shard, its kept clean bytes."""
 
     clean: Digest
     now: Digest

@@ -15,11 +15,11 @@ from weightlab.files import disk
 from weightlab.files.atomic import SUFFIX, replace_file
 from weightlab.files.lock import folder_lock
 from weightlab.patches.compute import check_bases
-from weightlab.patches.fit import StackEntry, Target, fit
+from weightlab.patches.fit import Target, fit
 from weightlab.patches.patch import Patch
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack import journal
-from weightlab.stack.guards import REMEDY, check_unchanged, folder_of, place_of, recover_all
+from weightlab.stack.guards import REMEDY, On, check_unchanged, folder_of, place_of, recover_all
 from weightlab.stack.signals import uninterrupted
 from weightlab.stack.state import (
     FOLDER,
@@ -38,8 +38,6 @@ from weightlab.stack.state import (
 from weightlab.stream.executor import Resources
 
 Links: TypeAlias = Literal["refuse", "copy"]
-On: TypeAlias = tuple[str, StackEntry]
-"""What a patch is called, and the patch as it is used."""
 Decide: TypeAlias = Callable[[Sequence[On]], Sequence[On]]
 
 
@@ -135,7 +133,7 @@ class _Change:
             fitted = fit(clean, [entry for _, entry in wanted])
             if fitted.reshapes:
                 raise NotPatchableError(
-                    f"{self.path}: these tensors would change size or dtype, or come or go, which cannot be done in place",
+                    f"{self.path}: tensors would change size or dtype, or come or go, which cannot be done in place",
                     "write a new checkpoint with --out",
                     [str(fitted.targets[n].result) for n in fitted.reshapes],
                 )

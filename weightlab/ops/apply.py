@@ -1,0 +1,130 @@
+"""Putting patches on a model: in place, to a new checkpoint, or on a state dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+from torch import Tensor
+
+from weightlab.errors import StackError, UsageError
+from weightlab.ops.new_checkpoint import write_out
+from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, label_of, listed, open_patches
+from weightlab.ops.outcome import Outcome, outcome_of
+from weightlab.ops.state_dict import patch_state_dict
+from weightlab.patches.fit import StackEntry
+from weightlab.stack.guards import On
+from weightlab.stack.transaction import ChangeOptions, Links, change
+from weightlab.stream.executor import Resources
+
+
+@overload
+def apply(
+    model: Mapping[str, Tensor],
+    patches: PatchesLike = ...,
+    *,
+    include: Sequence[str] = ...,
+    exclude: Sequence[str] = ...,
+    renames: Mapping[str, str] | None = ...,
+    allow_nonfinite: bool = ...,
+    resources: Resources | None = ...,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def apply(
+    model: PathLike,
+    patches: PatchesLike = ...,
+    *,
+    out: PathLike | None = ...,
+    in_place: bool = ...,
+    include: Sequence[str] = ...,
+    exclude: Sequence[str] = ...,
+    renames: Mapping[str, str] | None = ...,
+    key: str | None = ...,
+    links: Links = ...,
+    allow_nonfinite: bool = ...,
+    wait: float = ...,
+    dry_run: bool = ...,
+    resources: Resources | None = ...,
+) -> Outcome: ...
+
+
+def apply(
+    model: ModelLike,
+    patches: PatchesLike = (),
+    *,
+    out: PathLike | None = None,
+    in_place: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renames: Mapping[str, str] | None = None,
+    key: str | None = None,
+    links: Links = "refuse",
+    allow_nonfinite: bool = False,
+    wait: float = 0.0,
+    dry_run: bool = False,
+    resources: Resources | None = None,
+) -> Outcome | dict[str, Tensor]:
+    """Applies patches: every touched tensor becomes round(W₀ + Σ scale·Δ), computed from its clean bytes.
+
+    Args:
+        model: a checkpoint's path, or a state dict.
+        patches: paths as `PATH[@SCALE]`, or patches such as `0.5 * patch`; one or several. With none, `out` gets a copy
+            of the model as safetensors.
+        out: where the new checkpoint goes: a folder, or `NAME.safetensors` for a model of one file.
+        in_place: change the checkpoint itself; `remove` takes patches off again, bit for bit.
+        include, exclude: globs over the model's tensor names.
+        renames: {old prefix: new prefix} from the patch's tensor names to the model's.
+        key: where in a pickle the state dict lies.
+        links, allow_nonfinite, wait, dry_run: see `ChangeOptions`.
+
+    Returns:
+        what was done; for a state dict a new dict, in which tensors that no patch touches are the same objects.
+
+    Raises:
+        StackError: a patch is on already, or is given twice.
+        MisfitError: the patches do not fit; every offender is listed, and nothing was written.
+    """
+    resources = resources or Resources()
+    entries = _entries(patches, include, exclude, renames)
+    if isinstance(model, Mapping):
+        if out is not None or in_place:
+            raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
+        return patch_state_dict(model, [e for _, e in entries], resources, allow_nonfinite=allow_nonfinite)
+    if (out is not None) == in_place:
+        raise UsageError("say where the result goes", "either --out PATH or --in-place")
+    options = ChangeOptions(links, allow_nonfinite, wait, dry_run, resources)
+    if in_place:
+        return outcome_of(model, change(Path(model), lambda on: joined(model, on, entries), options), dry_run)
+    assert out is not None
+    return write_out(model, Path(out), lambda on: joined(model, on, entries), key, options)
+
+
+def _entries(
+    patches: PatchesLike, include: Sequence[str], exclude: Sequence[str], renames: Mapping[str, str] | None
+) -> list[On]:
+    operands = listed(patches)
+    return [
+        (label_of(operand, patch), StackEntry(patch, patch.exact_scale, tuple(include), tuple(exclude), dict(renames or {})))
+        for operand, patch in zip(operands, open_patches(operands), strict=True)
+    ]
+
+
+def joined(model: PathLike, current: Sequence[On], new: Sequence[On]) -> list[On]:
+    """What is on and what comes to it.
+
+    Raises:
+        StackError: lists the patches that are on already.
+    """
+    on = {entry.patch.id for _, entry in current}
+    twice = [name for name, entry in new if entry.patch.id in on]
+    if twice:
+        raise StackError(
+            f"{os.fspath(model)}: a patch is on already",
+            f"change its strength: weightlab scale {os.fspath(model)} PATCH SCALE",
+            twice,
+        )
+    return [*current, *new]

@@ -1,0 +1,160 @@
+"""The patches that are on a checkpoint: taking them off, changing their strength, saying what is on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weightlab.errors import IntegrityError, StackError, UsageError
+from weightlab.files.lock import folder_lock
+from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
+from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
+from weightlab.patches.patch import Patch, is_patch, open_patch
+from weightlab.sources.local import LocalSource
+from weightlab.stack.guards import On, check_unchanged, folder_of, recover_all
+from weightlab.stack.state import StatePlace, pending
+from weightlab.stack.transaction import ChangeOptions, Links, change, forget
+from weightlab.stream.executor import Resources
+from weightlab.tensors.arithmetic import round_scale
+
+_LEAST_OF_AN_ID = 4
+
+
+def remove(
+    model: PathLike,
+    patches: PatchesLike = (),
+    *,
+    everything: bool = False,
+    drop_record: bool = False,
+    links: Links = "refuse",
+    allow_nonfinite: bool = False,
+    wait: float = 0.0,
+    dry_run: bool = False,
+    resources: Resources | None = None,
+) -> Outcome:
+    """Takes patches off a checkpoint; the last one leaves its first bytes and no trace.
+
+    Args:
+        patches: paths, what their files were called, or the beginning of their ids (the files may be gone); or patches.
+        everything: take all off.
+        drop_record: only forget what is on, and keep the files as they are.
+        links, allow_nonfinite, wait, dry_run: see `ChangeOptions`.
+
+    Raises:
+        StackError: a patch is not on; lists what is.
+        IntegrityError: the files are not as weightlab left them; nothing is written.
+    """
+    operands = listed(patches)
+    if everything + drop_record + bool(operands) != 1:
+        raise UsageError("say what to take off", "name patches, or --all, or --forget")
+    if drop_record:
+        if dry_run:
+            raise UsageError("--forget has no dry run", "see what is on with `weightlab status`")
+        return Outcome(os.fspath(model), notes=forget(Path(model), wait))
+    for operand in operands:
+        if not isinstance(operand, Patch) and parse_patch(os.fspath(operand))[1] is not None:
+            raise UsageError(f"{os.fspath(operand)}: a patch is taken off whole", "leave out the scale")
+
+    def decide(on: Sequence[On]) -> list[On]:
+        gone = {entry.patch.id for _, entry in on} if everything else _find(model, on, operands)
+        return [(name, entry) for name, entry in on if entry.patch.id not in gone]
+
+    return _change(model, decide, ChangeOptions(links, allow_nonfinite, wait, dry_run, resources or Resources()))
+
+
+def scale(
+    model: PathLike,
+    patch: PatchLike,
+    scale: float,
+    *,
+    links: Links = "refuse",
+    allow_nonfinite: bool = False,
+    wait: float = 0.0,
+    dry_run: bool = False,
+    resources: Resources | None = None,
+) -> Outcome:
+    """Changes the strength of a patch that is on; every tensor is computed from its clean bytes.
+
+    Raises:
+        StackError: the patch is not on; lists what is.
+    """
+    new = round_scale(scale)
+
+    def decide(on: Sequence[On]) -> list[On]:
+        (found,) = _find(model, on, [patch])
+        return [(name, replace(entry, scale=new) if entry.patch.id == found else entry) for name, entry in on]
+
+    return _change(model, decide, ChangeOptions(links, allow_nonfinite, wait, dry_run, resources or Resources()))
+
+
+def status(model: PathLike, *, wait: float = 0.0, resources: Resources | None = None) -> Status:
+    """Says what is on a checkpoint and whether its files are as weightlab left them; ends what was interrupted.
+
+    Raises:
+        IntegrityError: what is needed to undo an interrupted change is damaged.
+    """
+    resources = resources or Resources()
+    path = Path(model)
+    notes: list[str] = []
+    folder = folder_of(path)
+    if folder.is_dir() and pending(folder):
+        with folder_lock(folder, exclusive=True, wait=wait):
+            notes = recover_all(folder, resources)
+    with reading(model_path(path), wait=wait) as source:
+        if not isinstance(source, LocalSource):
+            return Status(os.fspath(model), notes=notes)
+        place = StatePlace(source.folder, source.anchor)
+        state = place.read_stack()
+        try:
+            check_unchanged(path, source, state, resources)
+            intact = True
+        except IntegrityError as error:
+            intact = False
+            notes += [error.message, *error.offenders, error.remedy]
+        return Status(
+            os.fspath(model),
+            [PatchOnInfo(p.id, p.name, p.scale) for p in state.patches],
+            tensors=len(state.tensors),
+            kept_bytes=sum(source.specs[n].nbytes for n in state.tensors if n in source.specs),
+            intact=intact,
+            notes=notes,
+        )
+
+
+def _change(model: PathLike, decide: Callable[[Sequence[On]], list[On]], options: ChangeOptions) -> Outcome:
+    return outcome_of(model, change(Path(model), decide, options), options.dry_run)
+
+
+def _find(model: PathLike, on: Sequence[On], operands: Sequence[PatchLike]) -> set[str]:
+    """The ids of the patches that are meant: by file, then by the name of the file, then by the beginning of the id."""
+    found: set[str] = set()
+    missing: list[str] = []
+    for operand in operands:
+        ids = _matching(on, operand)
+        if len(ids) == 1:
+            found |= ids
+        else:
+            label = operand.label if isinstance(operand, Patch) else os.fspath(operand)
+            missing.append(f"{label}: {'is not on' if not ids else 'could be ' + ' or '.join(sorted(ids))}")
+    if missing:
+        there = ", ".join(f"{name} ({entry.patch.id[:12]}) at {entry.scale:g}" for name, entry in on)
+        raise StackError(
+            f"{os.fspath(model)}: no such patch is on", f"what is on: {there}" if there else "no patch is on", missing
+        )
+    return found
+
+
+def _matching(on: Sequence[On], operand: PatchLike) -> set[str]:
+    ids = {entry.patch.id for _, entry in on}
+    if isinstance(operand, Patch):
+        return ids & {operand.id}
+    text = os.fspath(operand)
+    path = Path(text)
+    if path.exists() and is_patch(path):
+        return ids & {open_patch(path).id}
+    named = {entry.patch.id for name, entry in on if name in (text, path.name)}
+    if named:
+        return named
+    return {i for i in ids if len(text) >= _LEAST_OF_AN_ID and i.startswith(text.lower())}

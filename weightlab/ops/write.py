@@ -1,0 +1,266 @@
+"""Writing a checkpoint with patches on it to a new place: only touched tensors are computed, the rest is copied.
+
+Every offset is known before the first byte, so threads read, compute, copy and write at the same time. A file gets its
+header last, and the folder its name when everything in it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from weightlab.errors import UsageError
+from weightlab.files import disk
+from weightlab.files.container import build_header, layout
+from weightlab.files.digest import Turns, tensor_hasher
+from weightlab.patches.compute import Offences, check_result, compute_tile, read_clean
+from weightlab.patches.fit import Fit, Target
+from weightlab.sources import Source
+from weightlab.sources.local import LocalSource
+from weightlab.stack.transaction import ChangeOptions
+from weightlab.stream.executor import Progress, Workspace, run
+from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.tiles import tiles
+
+_CHUNK = 2**23
+SINGLE = "model.safetensors"
+
+
+@dataclass(slots=True)
+class OutputFile:
+    """One file of the new checkpoint.
+
+    Attributes:
+        head: all bytes before the tensors.
+        places: {name: absolute offset} of every tensor in it.
+        specs: what lies there.
+        source: the file it comes from; None where there is none (a pickle, a state dict).
+        pending: tasks that are not done.
+    """
+
+    name: str
+    head: bytes
+    places: dict[str, int]
+    specs: dict[str, TensorSpec]
+    source: str | None
+    pending: int = 0
+    fd: int = -1
+    path: Path = field(default_factory=Path)
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(s.nbytes for s in self.specs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A piece of a file: a tile of a touched tensor, bytes of a tensor read through its source, or a range copied."""
+
+    file: OutputFile
+    kind: str
+    offset: int
+    count: int
+    start: int = 0
+    stop: int = 0
+    name: str = ""
+    turn: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes computed, and bytes copied as they are."""
+
+    computed: int
+    copied: int
+
+
+def plan_files(disk_source: LocalSource | None, clean: Source, fit: Fit, single: str) -> list[OutputFile]:
+    """What the new checkpoint's files are: those of the old one, or one file called `single`.
+
+    Added tensors go to the last file; a file that loses all its tensors is left out.
+    """
+    results = {n: t.result for n, t in fit.targets.items() if t.mode != "remove"}
+    gone = {n for n, t in fit.targets.items() if t.mode == "remove"}
+    if disk_source is None:
+        specs = {n: s for n, s in clean.specs.items() if n not in gone} | results
+        return [_built(single, specs, {"format": "pt", **clean.aliases}, None)]
+    added = {n: s for n, s in results.items() if n not in disk_source.specs}
+    files: list[OutputFile] = []
+    for file, header in disk_source.headers.items():
+        old = {n: e.spec for n, e in header.entries.items()}
+        new = {n: results.get(n, s) for n, s in old.items() if n not in gone}
+        if file == list(disk_source.headers)[-1]:
+            new |= added
+        if new == old:
+            head = os.pread(disk_source.descriptor(file), header.data_start, 0)
+            places = {n: e.offset for n, e in header.entries.items()}
+            files.append(OutputFile(file, head, places, old, file))
+        elif new:
+            files.append(_built(file, new, header.metadata, file))
+    if disk_source.index is None and files:
+        files[0].name = single
+    if not files:
+        raise UsageError("nothing would be left of the checkpoint", "leave some tensors in it with --exclude")
+    return files
+
+
+def _built(name: str, specs: dict[str, TensorSpec], metadata: Mapping[str, str], source: str | None) -> OutputFile:
+    offsets, _ = layout(specs)
+    head = build_header(specs, offsets, metadata)
+    return OutputFile(name, head, {n: len(head) + o for n, o in offsets.items()}, specs, source)
+
+
+def index_content(index: Mapping[str, Any], files: list[OutputFile]) -> bytes:
+    """The index of the new checkpoint: the old one's other entries, names, and total size."""
+    metadata = index.get("metadata")
+    total = sum(s.nbytes for f in files for s in f.specs.values())
+    tree = dict(index)
+    tree["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    tree["weight_map"] = {n: f.name for f in files for n in sorted(f.specs)}
+    return (json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_files(
+    folder: Path,
+    files: list[OutputFile],
+    disk_source: LocalSource | None,
+    clean: Source,
+    fit: Fit,
+    options: ChangeOptions,
+) -> Written:
+    """Writes all files of a plan into `folder` (a temporary one).
+
+    Raises:
+        NonFiniteError, RangeError: lists every tensor whose result cannot be stored.
+        IntegrityError: an exact patch did not give what it promises.
+    """
+    return _Writer(folder, files, disk_source, clean, fit, options).write()
+
+
+class _Writer:
+    def __init__(
+        self,
+        folder: Path,
+        files: list[OutputFile],
+        disk_source: LocalSource | None,
+        clean: Source,
+        fit: Fit,
+        options: ChangeOptions,
+    ) -> None:
+        self._files, self._disk, self._clean, self._fit = files, disk_source, clean, fit
+        self._resources, self._allow = options.resources, options.allow_nonfinite
+        self._turns, self._offences, self._lock = Turns(), Offences(), Lock()
+        self._hashers = {
+            n: tensor_hasher(t.result.dtype, t.result.shape)
+            for n, t in fit.targets.items()
+            if t.result_digest is not None
+        }
+        self._syncs: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self.computed = self.copied = 0
+        for file in files:
+            file.path = folder / file.name
+
+    def write(self) -> Written:
+        tasks = list(self._tasks())
+        for task in tasks:
+            task.file.pending += 1
+        progress = Progress(sum(f.size for f in self._files), self._resources.progress)
+
+        def work(task: _Task, workspace: Workspace) -> None:
+            self._do(task, workspace)
+            progress.advance(task.count)
+            with self._lock:
+                task.file.pending -= 1
+                done = task.file.pending == 0
+            if done:
+                self._finish(task.file)
+
+        try:
+            for file in self._files:
+                file.fd = disk.create(file.path)
+                if file.pending == 0:  # a file without a byte of tensors
+                    self._finish(file)
+            run(tasks, work, self._resources, self._turns)
+            self._offences.raise_any()
+            for name, hasher in self._hashers.items():
+                check_result(self._fit.targets[name], hasher.hexdigest())
+            for sync in self._syncs:
+                sync.result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            for file in self._files:
+                if file.fd >= 0:
+                    os.close(file.fd)
+                    file.fd = -1
+        return Written(self.computed, self.copied)
+
+    def _finish(self, file: OutputFile) -> None:
+        """The header, last; then the disk is told to begin while the next file is computed."""
+        disk.write_at(file.fd, file.head, 0, file.path)
+        self._syncs.append(self._pool.submit(disk.sync_file, file.fd, file.path))
+
+    def _tasks(self) -> Iterator[_Task]:
+        turn = 0
+        for file in self._files:
+            run_from = run_to = run_at = -1  # bytes to copy that lie together in both files
+            for name in sorted(file.specs, key=file.places.__getitem__):
+                spec, place = file.specs[name], file.places[name]
+                target = self._fit.targets.get(name)
+                if target is None and self._disk is not None and file.source == self._disk.file_of[name]:
+                    begin = self._disk.entry(name).offset
+                    if begin != run_to or place - run_at != begin - run_from:
+                        yield from _copies(file, run_from, run_to, run_at)
+                        run_from, run_at = begin, place
+                    run_to = begin + spec.nbytes
+                    continue
+                size = spec.stored.type.itemsize
+                for start, stop in tiles(spec.stored.numel):
+                    count = (stop - start) * size
+                    if target is None:
+                        yield _Task(file, "read", place + start * size, count, start * size, name=name)
+                        continue
+                    hashed = name in self._hashers
+                    yield _Task(file, "tile", place + start * size, count, start, stop, name, turn if hashed else -1)
+                    turn += hashed
+            yield from _copies(file, run_from, run_to, run_at)
+
+    def _do(self, task: _Task, workspace: Workspace) -> None:
+        file = task.file
+        if task.kind == "copy":
+            assert self._disk is not None and file.source is not None
+            source = self._disk.descriptor(file.source)
+            disk.copy_range(source, task.start, file.fd, task.offset, task.count, file.path)
+            with self._lock:
+                self.copied += task.count
+            return
+        if task.kind == "read":
+            raw = workspace.buffer("clean", task.count, torch.uint8)
+            self._clean.read(task.name, task.start, raw)
+            disk.write_at(file.fd, raw.numpy(), task.offset, file.path)
+            with self._lock:
+                self.copied += task.count
+            return
+        target: Target = self._fit.targets[task.name]
+        clean = read_clean(self._clean, target, task.start, task.stop, workspace)
+        result = compute_tile(target, task.start, task.stop, clean, workspace, self._offences, self._allow)
+        disk.write_at(file.fd, result.numpy(), task.offset, file.path)
+        with self._lock:
+            self.computed += task.count
+        if task.turn >= 0:
+            with self._turns.turn(task.turn):
+                self._hashers[task.name].update(memoryview(result.numpy()))
+
+
+def _copies(file: OutputFile, start: int, stop: int, offset: int) -> Iterator[_Task]:
+    for position in range(start, stop, _CHUNK):
+        count = min(_CHUNK, stop - position)
+        yield _Task(file, "copy", offset + position - start, count, position)
