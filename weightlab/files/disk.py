@@ -162,6 +162,7 @@ def hard_link(source: Path, target: Path) -> bool:
 
 def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length: int, path: Path) -> None:
     """Copies bytes between files inside the kernel (sharing blocks where the file system can), else by read and write."""
+    begin, size = offset, length
     with storage_errors(path):
         while length:
             try:
@@ -179,7 +180,7 @@ def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length:
                     written += os.pwrite(fd, chunk[written:], offset + written)
                 copied = len(chunk)
             source_offset, offset, length = source_offset + copied, offset + copied, length - copied
-    _saw("copy", path)
+    _saw("copy", path, begin, size)
 
 
 def copy_file(source: Path, target: Path) -> int:
