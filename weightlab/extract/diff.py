@@ -284,7 +284,7 @@ def _encode(jobs: Sequence[_Job], writer: PatchWriter, options: DiffOptions) -> 
                     approx = workspace.buffer("approx", stop - start, tile.delta.dtype)
                     job.choice.encoding.decode(job.parts, start, stop, tile.base, approx, workspace)
                 if approx is not None:
-                    errors = _errors(tile.delta, approx)
+                    errors = _errors(tile.delta, approx, workspace.buffer("error", stop - start, tile.delta.dtype))
             except NonFiniteError as error:
                 bad.update(error.offenders)
         with turns.turn(index):
@@ -310,12 +310,12 @@ def _encode(jobs: Sequence[_Job], writer: PatchWriter, options: DiffOptions) -> 
     }
 
 
-def _errors(delta: Tensor, approx: Tensor) -> tuple[float, float, float]:
+def _errors(delta: Tensor, approx: Tensor, work: Tensor) -> tuple[float, float, float]:
     """(largest |error|, sum of squared errors, sum of squared delta); sums in fp64, block by block."""
     norm = float(torch.dot(delta, delta)) if delta.dtype == torch.float64 else _squares(delta)
-    approx.sub_(delta)
-    low, high = (float(v) for v in torch.aminmax(approx))
-    return max(-low, high), _squares(approx), norm
+    torch.sub(approx, delta, out=work)  # not in place: what is stored may share memory with either
+    low, high = (float(v) for v in torch.aminmax(work))
+    return max(-low, high), _squares(work), norm
 
 
 def _squares(values: Tensor) -> float:
