@@ -1,0 +1,1 @@
+"""One file a command; each is the click command `command` of its module."""

@@ -1,0 +1,45 @@
+"""`weightlab apply`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weightlab_cli import options
+from weightlab_cli.options import Common
+
+
+@click.command()
+@click.argument("model")
+@click.argument("patches", nargs=-1, metavar="[PATCH[@SCALE]]...")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a new checkpoint: a folder, or NAME.safetensors.")
+@click.option("--in-place", is_flag=True, help="Change MODEL itself; `weightlab remove` restores it bit for bit.")
+@options.include
+@options.exclude
+@options.renames("Rename prefixes of the patch's tensor names to the model's; may be repeated.")
+@options.key
+@options.links
+@options.allow_nonfinite
+@options.dry_run
+@options.wait
+@options.common
+def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any) -> None:
+    """Put patches on a model: in place, or as a new checkpoint.
+
+    Every touched tensor becomes round(clean + sum of scale × delta), computed from its clean bytes. Several patches may
+    be on at a time; their order does not matter. A negative scale takes a behaviour away.
+
+    \b
+    Example:
+      weightlab apply model/ math.safetensors --in-place
+      weightlab apply model/ math.safetensors@0.7 chat.safetensors@-0.2 -o mixed/
+      weightlab apply pytorch_model.bin -o model.safetensors
+    """
+    import weightlab as wl
+    from weightlab_cli.reports import show_outcome
+
+    with common.resources() as resources:
+        outcome = wl.apply(model, list(patches), resources=resources, **chosen)
+    show_outcome(common.output, outcome)

@@ -1,0 +1,136 @@
+"""What commands print: tables and lines for people, one JSON object for programs, a progress bar for the patient."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightlab.errors import WeightlabError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_SHOWN = 40
+
+
+def print_error(error: WeightlabError, as_json: bool) -> None:
+    """One line for what is wrong, one for each offender, one for what to do; as JSON on stdout when asked."""
+    if as_json:
+        tree = {
+            "error": error.message,
+            "offenders": list(error.offenders),
+            "remedy": error.remedy,
+            "exit_code": error.exit_code,
+        }
+        click.echo(json.dumps(tree, ensure_ascii=False))
+        return
+    lines = [f"error: {printable(error.message)}", *(f"  {printable(o)}" for o in error.offenders[:_SHOWN])]
+    if len(error.offenders) > _SHOWN:
+        lines.append(f"  … and {len(error.offenders) - _SHOWN} more (all of them with --json)")
+    if error.remedy:
+        lines.append(f"  → {printable(error.remedy)}")
+    click.echo("\n".join(lines), err=True)
+
+
+def printable(text: str) -> str:
+    """Text from files, safe on a terminal: control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def plain(value: Any) -> Any:
+    """JSON values of a report."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """Where a command's result goes."""
+
+    json: bool
+    quiet: bool
+
+    def result(self, report: Any) -> None:
+        """The one object on stdout, when programs listen."""
+        if self.json:
+            click.echo(json.dumps(plain(report), ensure_ascii=False))
+
+    def line(self, text: str = "") -> None:
+        """A line for people."""
+        if not (self.json or self.quiet):
+            click.echo(printable(text))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table for people; columns whose title begins with `#` are numbers, and are aligned to the right."""
+        if self.json or self.quiet or not rows:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            number = column.startswith("#")
+            table.add_column(Text(column.lstrip("#")), justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        terminal = sys.stdout.isatty()
+        Console(file=sys.stdout, width=None if terminal else 160, highlight=False, soft_wrap=not terminal).print(table)
+
+
+class Bar:
+    """A progress bar on stderr, with rate and time left: on a terminal, and on work of over a second only."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted and sys.stderr.isatty()
+        self._begun = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def report(self, done: int, total: int) -> None:
+        """Called by the library, under its own lock, with bytes done and in all."""
+        if not self._wanted or time.monotonic() - self._begun < 1.0:
+            return
+        if self._bar is None:
+            self._bar = self._made()
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total)
+
+    @staticmethod
+    def _made() -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=Console(stderr=True), transient=True)
