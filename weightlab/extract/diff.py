@@ -74,6 +74,8 @@ class DiffOptions:
         allow: what may differ in structure: "added", "removed" tensors, appended "rows".
         allow_nonfinite: take NaN and infinities as they are.
         kind, method: what the header says the patch is.
+        base_known: False: the base's own bytes mean nothing (a sum of patches), so none of its digests are recorded,
+            only `base_fingerprint`.
     """
 
     encode: EncodeRules = None
@@ -83,6 +85,8 @@ class DiffOptions:
     allow_nonfinite: bool = False
     kind: Kind = "diff"
     method: Method = field(default_factory=lambda: Method(name="diff"))
+    base_known: bool = True
+    base_fingerprint: str | None = None
     base_name: str | None = None
     revision: str | None = None
     license: str | None = None
@@ -189,8 +193,11 @@ def _write(
             _write_ready_parts(job, writer, spool)
         digests = _encode(jobs, writer, options)
         digests_removed = digest_tensors(base, removed, options.resources)
+        forgotten = {} if options.base_known else {"base_digest": None}
         records = {
-            job.pair.name: _record(job, draft=False).model_copy(update={"parts": writer.part_records(job.pair.name)})
+            job.pair.name: _record(job, draft=False).model_copy(
+                update={"parts": writer.part_records(job.pair.name), **forgotten}
+            )
             for job in changed
         }
         records |= {name: _removed(base, name, digests_removed[name]) for name in removed}
@@ -204,7 +211,10 @@ def _write(
             after |= digest_tensors(tuned, [n for n in tuned.specs if n not in after], options.resources)
         writer.finish(
             _header(
-                records, fingerprint(before) if whole else None, fingerprint(after) if exact else None, options
+                records,
+                fingerprint(before) if whole and options.base_known else options.base_fingerprint,
+                fingerprint(after) if exact else None,
+                options,
             )
         )
     finally:

@@ -63,6 +63,11 @@ class Rules:
         self._dense = parse_choice("dense")
         self.text = {pattern: text for pattern, text in pairs}
 
+    @property
+    def any_lossless(self) -> bool:
+        """Whether any rule asks for a lossless encoding."""
+        return any(choice.encoding.lossless for _, choice in self._rules)
+
     def check_used(self, names: Sequence[str]) -> None:
         """Raises:
         UsageError: lists the patterns that match no tensor.

@@ -127,9 +127,10 @@ def digest_tensors(source: Source, names: Iterable[str], resources: Resources) -
     def work(name: str, workspace: Workspace) -> None:
         spec = source.specs[name]
         hasher = tensor_hasher(spec.dtype, spec.shape)
-        for start, stop in tiles(spec.nbytes):
-            raw = workspace.buffer("digest", stop - start, torch.uint8)
-            source.read(name, start, raw)
+        size = spec.stored.type.itemsize
+        for start, stop in tiles(spec.stored.numel):
+            raw = workspace.buffer("digest", (stop - start) * size, torch.uint8)
+            source.read(name, start * size, raw)
             hasher.update(memoryview(raw.numpy()))
         digests[name] = hasher.hexdigest()
 

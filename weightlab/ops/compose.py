@@ -1,0 +1,140 @@
+"""Adding, scaling and negating patches: several patches, each with its scale, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.extract.diff import DiffOptions, diff_sources
+from weightlab.extract.rules import EncodeRules, Rules
+from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, open_patches, reading
+from weightlab.patches.compute import check_bases
+from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.header import Method
+from weightlab.patches.patch import Patch
+from weightlab.patches.patched_source import DeltaSource, PatchedSource
+from weightlab.sources import Source
+from weightlab.sources._zeros import ZeroSource
+from weightlab.stream.executor import Resources
+from weightlab.tensors.match import ALLOWANCES
+from weightlab.tensors.select import select
+from weightlab.tensors.spec import TensorSpec
+
+
+def compose(
+    patches: PatchesLike,
+    out: PathLike | None = None,
+    *,
+    base: ModelLike | None = None,
+    encode: EncodeRules = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    key: str | None = None,
+    license: str | None = None,
+    notes: str | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Patch:
+    """Σ scale·Δ as one patch. A tensor that only some patches have is the sum of those.
+
+    Args:
+        patches: `PATH[@SCALE]` or patches such as `0.5 * patch`; at -1 a patch is negated.
+        base: their base. Exact patches need it, and so does an exact result, which takes the base to
+            round(base + Σ scale·Δ). One exact patch at -1, stored exact, is the way back: it goes on the tuned model.
+        encode: how tensors are stored. Default: exact when there is a base and every patch is exact, else dense:fp32.
+
+    Raises:
+        UsageError: the base is needed and not given.
+        NamesMismatchError: patches disagree on shapes; all are listed.
+        MisfitError: tensors that are added, removed, extended or not summable, and no exact result is asked for.
+        WrongBaseError: the base is another.
+    """
+    opened = sorted(open_patches(patches), key=lambda p: p.id)
+    if not opened:
+        raise UsageError("nothing to compose", "give one or more patches")
+    twice = [p.label for p, q in zip(opened, opened[1:], strict=False) if p.id == q.id]
+    if twice:
+        raise UsageError("a patch is given twice", "give it once, with the sum of its scales", twice)
+    resources = resources or Resources()
+    for patch in opened:
+        patch.verify(resources)
+    needing = [p.label for p in opened if any(_exact(p, n) for n in p.records)]
+    if encode is None:
+        encode = "exact" if base is not None and len(needing) == len(opened) else "dense:fp32"
+    to_exact = Rules(encode).any_lossless
+    if base is None and (needing or to_exact):
+        what = "the change of an exact patch is known with its base only" if needing else "an exact result needs the base"
+        raise UsageError(what, "give --base", needing)
+    options = DiffOptions(
+        encode=encode,
+        include=include,
+        exclude=exclude,
+        allow=ALLOWANCES,
+        kind="composed",
+        method=Method(name="compose", parameters={"patches": [{"id": p.id, "scale": p.exact_scale} for p in opened]}),
+        license=license,
+        notes=notes,
+        resources=resources,
+    )
+    place = None if out is None else Path(out)
+    with ExitStack() as stack:
+        source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
+        if to_exact:
+            assert source is not None
+            return _exact_result(opened, source, place, options)
+        return _sum(opened, source, place, options)
+
+
+def _exact(patch: Patch, name: str) -> bool:
+    return patch.records[name].encoding != "removed" and patch.encoding(name).lossless
+
+
+def _exact_result(patches: Sequence[Patch], base: Source, out: Path | None, options: DiffOptions) -> Patch:
+    back = len(patches) == 1 and patches[0].exact_scale == -1.0 and all(_exact(patches[0], n) for n in patches[0].records)
+    entries = [StackEntry(p, 1.0 if back else p.exact_scale) for p in patches]
+    fitted = fit(base, entries)
+    check_bases(base, fitted.targets.values(), options.resources)
+    patched = PatchedSource(base, fitted)
+    return diff_sources(patched, base, out, options) if back else diff_sources(base, patched, out, options)
+
+
+def _sum(patches: Sequence[Patch], base: Source | None, out: Path | None, options: DiffOptions) -> Patch:
+    union = list(dict.fromkeys(name for p in patches for name in p.records))
+    names = select(union, options.include, options.exclude)
+    options.include = options.exclude = ()
+    if base is not None:
+        exact = [StackEntry(p, 1.0) for p in patches if any(_exact(p, n) for n in p.records)]
+        for entry in exact:
+            check_bases(base, fit(base, [entry]).targets.values(), options.resources)
+    wrong: list[str] = []
+    undefined: list[str] = []
+    specs: dict[str, TensorSpec] = {}
+    for name in names:
+        records = {p.label: p.records[name] for p in patches if name in p.records}
+        shapes = {label: tuple(r.shape) for label, r in records.items()}
+        if len(set(shapes.values())) > 1:
+            wrong.append(f"{name}: " + ", ".join(f"{list(s)} in {label}" for label, s in shapes.items()))
+        for label, record in records.items():
+            what = "removed" if record.encoding == "removed" else "added" if record.added else ""
+            what = what or ("extended by rows" if record.base_shape is not None else "")
+            opaque = base is not None and base.aliases.get(name, name) in base.opaque
+            what = what or ("without sums" if opaque or not record.spec(name).is_float else "")
+            if what:
+                undefined.append(f"{name}: {what} in {label}")
+        before = [s for r in records.values() if (s := r.base_spec(name)) is not None]
+        if before:
+            specs[name] = max(before, key=lambda s: s.type.bits)
+    if wrong:
+        raise NamesMismatchError("these patches are for models of different shapes", "leave tensors out with --exclude", wrong)
+    if undefined:
+        raise MisfitError(
+            "these tensors have no sum",
+            "leave them out with --exclude, or give --base and --encode exact",
+            undefined,
+        )
+    options.base_known = False
+    bases = {p.header.base.fingerprint for p in patches}
+    options.base_fingerprint = bases.pop() if len(bases) == 1 else None
+    return diff_sources(ZeroSource(specs), DeltaSource(patches, base, names), out, options)

@@ -1,0 +1,305 @@
+"""What a checkpoint or a patch holds: totals, a row a tensor, a row a layer with norms."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightlab.errors import UsageError
+from weightlab.files.digest import Turns
+from weightlab.ops.operands import ModelLike, PathLike, parse_patch, reading
+from weightlab.patches.compute import check_bases
+from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.patch import Patch, is_patch, open_patch
+from weightlab.patches.patched_source import DeltaSource
+from weightlab.sources import Source
+from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.tensors.order import layer_of, natural_key
+from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.tiles import tiles
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over elements, from which norms follow; all in fp64. NaN and infinities are counted and left out."""
+
+    count: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+    nonfinite: int = 0
+
+    def add(self, other: Moments) -> None:
+        self.count += other.count
+        self.squares += other.squares
+        self.largest = max(self.largest, other.largest)
+        self.changed += other.changed
+        self.nonfinite += other.nonfinite
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.squares)
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+@dataclass(slots=True)
+class TensorRow:
+    """One tensor. `norm`: of the weights, or of a patch's Δ; `relative`: ‖Δ‖ / ‖W‖, where the base is given."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    parameters: int
+    bytes: int
+    encoding: str | None = None
+    norm: float | None = None
+    rms: float | None = None
+    largest: float | None = None
+    nonzero: int | None = None
+    nonfinite: int | None = None
+    relative: float | None = None
+    relative_error: float | None = None
+
+
+@dataclass(slots=True)
+class LayerRow:
+    """All tensors of one layer together."""
+
+    layer: str
+    tensors: int
+    parameters: int
+    bytes: int
+    norm: float | None = None
+    rms: float | None = None
+    largest: float | None = None
+    nonzero: int | None = None
+    nonfinite: int | None = None
+    relative: float | None = None
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: "checkpoint" or "patch".
+        facts: for a patch, what its header says.
+        full_bytes: what the tensors take (for a patch: those that it changes, in full).
+    """
+
+    path: str
+    kind: str
+    tensors: list[TensorRow]
+    layers: list[LayerRow]
+    parameters: int
+    bytes: int
+    full_bytes: int
+    dtypes: dict[str, int]
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(
+    path: PathLike | Patch,
+    *,
+    base: ModelLike | None = None,
+    key: str | None = None,
+    norms: bool = True,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Inspection:
+    """Looks at a checkpoint or a patch; norms are streamed.
+
+    Args:
+        base: for a patch: its base. Gives norms relative to the weights, and the norms of exact patches, whose Δ needs it.
+        norms: read the tensors; without, headers only.
+
+    Raises:
+        WrongBaseError, NamesMismatchError: `base` is not the base of the patch.
+    """
+    resources = resources or Resources()
+    patch = _as_patch(path)
+    if patch is not None:
+        return _patch(patch, base, key, norms, wait, resources)
+    if base is not None:
+        raise UsageError(f"{path} is a checkpoint, and --base is for a patch", "take a difference with `weightlab diff`")
+    assert not isinstance(path, Patch)
+    with reading(path, key=key, wait=wait) as source:
+        names = sorted(source.specs, key=natural_key)
+        summable = [n for n in names if n not in source.opaque and source.specs[n].is_float]
+        found = moments(source, summable, resources) if norms else {}
+        rows = [_row(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
+        result = _inspection(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
+        if source.aliases:
+            result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
+        return result
+
+
+def _as_patch(path: PathLike | Patch) -> Patch | None:
+    if isinstance(path, Patch):
+        return path
+    place = Path(parse_patch(os.fspath(path))[0])
+    return open_patch(place) if place.exists() and is_patch(place) else None
+
+
+def _patch(
+    patch: Patch, base: ModelLike | None, key: str | None, norms: bool, wait: float, resources: Resources
+) -> Inspection:
+    names = sorted(patch.records, key=natural_key)
+    specs = {n: patch.records[n].spec(n) for n in names}
+    notes: list[str] = []
+    found: dict[str, Moments] = {}
+    weights: dict[str, Moments] = {}
+    with ExitStack() as stack:
+        source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
+        if source is not None:
+            check_bases(source, fit(source, [StackEntry(patch, 1.0)]).targets.values(), resources)
+        summable = [n for n in names if _has_delta(patch, n, source)]
+        if norms:
+            found = moments(DeltaSource([patch.at(1.0)], source, summable), summable, resources)
+            if source is not None:
+                stored = {n: source.aliases.get(n, n) for n in summable}
+                measured = moments(source, sorted(set(stored.values())), resources)
+                weights = {n: measured[s] for n, s in stored.items()}
+            elif any(patch.encoding(n).lossless for n in names if patch.records[n].encoding != "removed"):
+                notes.append("the change of an exact tensor is known with its base only: give --base")
+    rows = []
+    for name in names:
+        record = patch.records[name]
+        row = _row(specs[name], patch.nbytes(name), found.get(name))
+        row.encoding = record.encoding
+        row.relative_error = record.error.relative_l2 if record.error else None
+        if name in weights and weights[name].squares:
+            row.relative = found[name].norm / weights[name].norm
+        rows.append(row)
+    full = sum(specs[n].nbytes for n in names if patch.records[n].encoding != "removed")
+    result = _inspection(patch.label, "patch", rows, full, found, weights)
+    result.facts, result.notes = _facts(patch), notes
+    return result
+
+
+def _has_delta(patch: Patch, name: str, base: Source | None) -> bool:
+    record = patch.records[name]
+    if record.encoding == "removed" or record.added or not record.spec(name).is_float:
+        return False
+    if base is not None and base.aliases.get(name, name) in base.opaque:
+        return False
+    return base is not None or not patch.encoding(name).lossless
+
+
+def _facts(patch: Patch) -> dict[str, Any]:
+    header = patch.header
+    encodings: dict[str, dict[str, int]] = {}
+    for name, record in header.tensors.items():
+        held = encodings.setdefault(record.encoding, {"tensors": 0, "bytes": 0, "full_bytes": 0})
+        held["tensors"] += 1
+        held["bytes"] += patch.nbytes(name)
+        held["full_bytes"] += 0 if record.encoding == "removed" else record.spec(name).nbytes
+    errors = [r.error.relative_l2 for r in header.tensors.values() if r.error is not None]
+    return {
+        "id": patch.id,
+        "kind": header.kind,
+        "method": header.method.model_dump(),
+        "base": header.base.model_dump(),
+        "result": header.result.fingerprint if header.result else None,
+        "scale": header.scale,
+        "requires": header.requires,
+        "encodings": encodings,
+        "largest_relative_error": max(errors, default=0.0),
+        "license": header.license,
+        "created": header.created.model_dump() if header.created else None,
+        "notes": header.notes,
+    }
+
+
+def _row(spec: TensorSpec, size: int, found: Moments | None) -> TensorRow:
+    row = TensorRow(spec.name, spec.dtype, list(spec.shape), spec.numel, size)
+    if found is not None:
+        row.norm, row.rms, row.largest = found.norm, found.rms, found.largest
+        row.nonzero, row.nonfinite = found.changed, found.nonfinite
+    return row
+
+
+def _inspection(
+    path: str,
+    kind: str,
+    rows: list[TensorRow],
+    full: int,
+    found: Mapping[str, Moments],
+    weights: Mapping[str, Moments],
+) -> Inspection:
+    groups: dict[str, list[TensorRow]] = {}
+    dtypes: dict[str, int] = {}
+    for row in rows:
+        groups.setdefault(layer_of(row.name), []).append(row)
+        dtypes[row.dtype] = dtypes.get(row.dtype, 0) + 1
+    layers = [_layer(layer, members, found, weights) for layer, members in groups.items()]
+    parameters, size = sum(r.parameters for r in rows), sum(r.bytes for r in rows)
+    return Inspection(path, kind, rows, layers, parameters, size, full, dtypes)
+
+
+def _layer(
+    layer: str, members: Sequence[TensorRow], found: Mapping[str, Moments], weights: Mapping[str, Moments]
+) -> LayerRow:
+    row = LayerRow(layer, len(members), sum(m.parameters for m in members), sum(m.bytes for m in members))
+    total, whole = Moments(), Moments()
+    known = [m.name for m in members if m.name in found]
+    for name in known:
+        total.add(found[name])
+        whole.add(weights.get(name, Moments()))
+    if known:
+        row.norm, row.rms, row.largest = total.norm, total.rms, total.largest
+        row.nonzero, row.nonfinite = total.changed, total.nonfinite
+        row.relative = total.norm / whole.norm if whole.squares else None
+    return row
+
+
+def moments(source: Source, names: Sequence[str], resources: Resources) -> dict[str, Moments]:
+    """Norms of float tensors, tile by tile; tiles are added in order, so the result does not depend on the threads."""
+    turns = Turns()
+    found = {name: Moments() for name in names}
+    progress = Progress(sum(source.specs[n].nbytes for n in names), resources.progress)
+
+    def tasks() -> Iterator[tuple[int, str, int, int]]:
+        index = 0
+        for name in names:
+            for start, stop in tiles(source.specs[name].numel):
+                yield index, name, start, stop
+                index += 1
+
+    def work(task: tuple[int, str, int, int], workspace: Workspace) -> None:
+        index, name, start, stop = task
+        dtype = source.specs[name].type
+        assert dtype.torch is not None
+        raw = workspace.buffer("moments", (stop - start) * dtype.itemsize, torch.uint8)
+        source.read(name, start * dtype.itemsize, raw)
+        part = _moments(raw.view(dtype.torch), workspace)
+        with turns.turn(index):
+            found[name].add(part)
+        progress.advance(raw.numel())
+
+    run(tasks(), work, resources, turns)
+    return found
+
+
+def _moments(stored: Tensor, workspace: Workspace) -> Moments:
+    values = workspace.buffer("as fp64", stored.numel(), torch.float64)
+    values.copy_(stored)
+    bad = ~torch.isfinite(values)
+    nonfinite = int(bad.sum())
+    if nonfinite:
+        values[bad] = 0.0
+    low, high = (float(v) for v in torch.aminmax(values))
+    squares = float(torch.linalg.vector_norm(values)) ** 2
+    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(stored)), nonfinite)
