@@ -30,7 +30,17 @@ def unpacked(requirement: str) -> Path:
         if not folder.is_dir():
             wheels = [w for w in CACHE.glob("*.whl") if w.name.startswith(f"{name.replace('-', '_')}-{version}-")]
             if not wheels:
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(CACHE), requirement]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "-d",
+                    str(CACHE),
+                    requirement,
+                ]
                 subprocess.run(command, check=True)
                 wheels = [w for w in CACHE.glob("*.whl") if w.name.startswith(f"{name.replace('-', '_')}-{version}-")]
             temporary = folder.with_suffix(".new")

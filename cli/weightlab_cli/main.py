@@ -73,11 +73,9 @@ def run(args: Sequence[str]) -> int:
     """Runs one command line; returns its exit code."""
     as_json, debug = "--json" in args, "--debug" in args
     try:
-        commands.main(args=list(args), prog_name="weightlab", standalone_mode=False)
+        code = commands.main(args=list(args), prog_name="weightlab", standalone_mode=False)
         sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        return code if isinstance(code, int) else 0  # click returns the code of an early exit
     except WeightlabError as error:
         shown: WeightlabError = error
     except click.ClickException as error:
@@ -89,12 +87,15 @@ def run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 0
     except OSError as error:
-        shown = WeightlabError(f"{error.filename or 'system call'}: {error.strerror or error}", "check the path and the disk")
+        shown = WeightlabError(
+            f"{error.filename or 'system call'}: {error.strerror or error}", "check the path and the disk"
+        )
         shown.exit_code = 7
     except Exception as error:
         if not debug:
             shown = WeightlabError(
-                f"a bug in weightlab: {type(error).__name__}: {error}", "run it again with --debug and report what it prints"
+                f"a bug in weightlab: {type(error).__name__}: {error}",
+                "run it again with --debug and report what it prints",
             )
             print_error(shown, as_json)
             return 1

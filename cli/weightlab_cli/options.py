@@ -91,7 +91,9 @@ encode = _several(
     "How tensors are stored; may be repeated with globs. exact · dense[:DTYPE] · quantized:BITS[:LEVELS][:SCOPE] · "
     "sparse:SHARE[:random] · low_rank:RANK · sign",
 )
-key = click.option("--key", metavar="NAME", help="Where in a nested pickle the weights are, for example model.state_dict.")
+key = click.option(
+    "--key", metavar="NAME", help="Where in a nested pickle the weights are, for example model.state_dict."
+)
 wait = click.option(
     "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait for another process to finish."
 )

@@ -184,9 +184,7 @@ def machine(work: Path) -> dict[str, str | int]:
             break
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     above = [str(work.resolve()), *map(str, work.resolve().parents)]
-    holding = [
-        (len(mount[1]), position, mount[2]) for position, mount in enumerate(mounts) if mount[1] in above
-    ]
+    holding = [(len(mount[1]), position, mount[2]) for position, mount in enumerate(mounts) if mount[1] in above]
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
@@ -198,10 +196,7 @@ def machine(work: Path) -> dict[str, str | int]:
 
 def cache_folder() -> Path:
     """$WEIGHTLAB_CACHE, else ~/.cache/weightlab; the part of it that is for benchmarks."""
-    return (
-        Path(os.environ.get("WEIGHTLAB_CACHE") or Path.home() / ".cache" / "weightlab").expanduser()
-        / "benchmarks"
-    )
+    return Path(os.environ.get("WEIGHTLAB_CACHE") or Path.home() / ".cache" / "weightlab").expanduser() / "benchmarks"
 
 
 def ensure_environment(name: str, steps: Sequence[Sequence[str]]) -> Path:
@@ -239,9 +234,7 @@ def medians(repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
         numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float))]
         found[label] = {name: statistics.median(run[name] for run in runs) for name in numbers}
         found[label]["runs"] = len(runs)
-        found[label]["synced_seconds"] = statistics.median(
-            run["seconds"] + run["sync_seconds"] for run in runs
-        )
+        found[label]["synced_seconds"] = statistics.median(run["seconds"] + run["sync_seconds"] for run in runs)
         for name in ("seconds", "peak_bytes"):
             values = [run[name] for run in runs]
             found[label] |= {f"least_{name}": min(values), f"largest_{name}": max(values)}
@@ -352,9 +345,7 @@ def table(result: Mapping[str, Any]) -> str:
     if result["sizes"]:
         lines += ["", "| | GB |", "|---|---:|"]
         lines += [f"| {name} | {count / 1e9:.3f} |" for name, count in result["sizes"].items()]
-    facts = [
-        f"- {name}: {_told(found)}" for name, found in result["checks"].items() if isinstance(found, list)
-    ]
+    facts = [f"- {name}: {_told(found)}" for name, found in result["checks"].items() if isinstance(found, list)]
     facts += [f"- {' '.join(note.split())}" for note in result["notes"]]
     return "\n".join([*lines, *([""] if facts else []), *facts])
 

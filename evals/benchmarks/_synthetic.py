@@ -84,9 +84,7 @@ class Shape:
 
     def partial(self) -> list[str]:
         """Names of the tensors that make up PARTIAL_SHARE of the bytes, spread over the layers."""
-        candidates = [
-            f"model.layers.{i}.self_attn.{kind}_proj.weight" for kind in "qo" for i in range(self.layers)
-        ]
+        candidates = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for kind in "qo" for i in range(self.layers)]
         count = min(len(candidates), max(1, round(PARTIAL_SHARE * self.parameters / HIDDEN**2)))
         if count <= self.layers:
             return [candidates[i * self.layers // count] for i in range(count)]
@@ -160,9 +158,7 @@ def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[st
         (model / "config.json").write_text(json.dumps(shape.config(), indent=2))
     order = {name: index for index, name in enumerate(shape.tensors())}
     for number, names in enumerate(shards, 1):
-        file_name = (
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(names, file_name)
         with ExitStack() as stack:
             files = [stack.enter_context(open(model / file_name, "wb")) for model in models]

@@ -186,14 +186,10 @@ def reminis(bench: Bench) -> None:
                 [model],
             )
     pack, out = bench.place("reminis.pack.db"), bench.place("reminis.out.db")
-    bench.run(
-        "reminis_diff", [bench.programs["reminis"], "diff", base, tuned, "-o", pack, "-q"], [base, tuned]
-    )
+    bench.run("reminis_diff", [bench.programs["reminis"], "diff", base, tuned, "-o", pack, "-q"], [base, tuned])
     if pack.exists():
         bench.sizes["reminis pack"] = size(pack)
-        bench.run(
-            "reminis_apply", [bench.programs["reminis"], "apply", base, pack, "-o", out, "-q"], [base, pack]
-        )
+        bench.run("reminis_apply", [bench.programs["reminis"], "apply", base, pack, "-o", out, "-q"], [base, pack])
         bench.compare("reminis apply, against tuned", bench.place("tuned"), out)
     discard(pack, out)
 
@@ -218,9 +214,7 @@ def enough_room(work: Path, needed: float, what: str, notes: list[str]) -> bool:
     """Whether that much is free; says so if not."""
     free = shutil.disk_usage(work).free
     if free < needed:
-        notes.append(
-            f"{what} is left out: it needs {needed / 1e9:.1f} GB in {work}, {free / 1e9:.1f} GB is free"
-        )
+        notes.append(f"{what} is left out: it needs {needed / 1e9:.1f} GB in {work}, {free / 1e9:.1f} GB is free")
         say(notes[-1])
     return free >= needed
 
@@ -349,20 +343,12 @@ Examples:
 @click.option("--parameters", default=1.1e9, show_default=True, help="Size of the model; 1.75e8 at least.")
 @click.option("--shard-bytes", default=10**9, show_default=True, help="Most bytes of a shard.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Runs of each.")
-@click.option(
-    "--scale-up", default=4.0, show_default=True, help="Size of the larger model, in models; 0: none."
-)
-@click.option(
-    "--only", multiple=True, type=click.Choice([*MEASUREMENTS, "memory"]), help="Just this; repeatable."
-)
-@click.option(
-    "--work", type=click.Path(path_type=Path), help="Folder for the models. [default: in the cache]"
-)
+@click.option("--scale-up", default=4.0, show_default=True, help="Size of the larger model, in models; 0: none.")
+@click.option("--only", multiple=True, type=click.Choice([*MEASUREMENTS, "memory"]), help="Just this; repeatable.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the models. [default: in the cache]")
 @click.option("--keep", is_flag=True, help="Keep the models; a later run with the same --work takes them.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that came out.")
-@click.option(
-    "--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers."
-)
+@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
 @click.option("--weightlab-command", help="How to start weightlab. [default: with this interpreter]")
 def main(json_path: Path | None, readme: Path | None, weightlab_command: str | None, **settings: Any) -> None:
     """Prepares, measures in turn, reports."""
@@ -379,15 +365,11 @@ def main(json_path: Path | None, readme: Path | None, weightlab_command: str | N
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise click.ClickException(
-            f"another run is using {folder}; give this one a --work of its own"
-        ) from None
+        raise click.ClickException(f"another run is using {folder}; give this one a --work of its own") from None
     bench = Bench(folder, Shape.for_parameters(settings["parameters"], settings["shard_bytes"]), own, chosen)
     room = (ROOM + ROOM_REMINIS * ("reminis" in chosen)) * bench.shape.bytes - size(folder)
     if not enough_room(folder, room, "this benchmark", bench.notes):
-        raise click.ClickException(
-            f"{bench.notes[-1]}; try a smaller --parameters, or --work on another disk"
-        )
+        raise click.ClickException(f"{bench.notes[-1]}; try a smaller --parameters, or --work on another disk")
     try:
         tidy(folder, True)
         made = prepare(bench)
@@ -399,9 +381,7 @@ def main(json_path: Path | None, readme: Path | None, weightlab_command: str | N
             json_path.write_text(json.dumps(conclude(bench, made, settings), indent=2) + "\n")
         if "memory" in chosen and settings["scale_up"]:
             tidy(folder, keep)
-            larger = Shape.for_parameters(
-                settings["scale_up"] * bench.shape.parameters, bench.shape.shard_bytes
-            )
+            larger = Shape.for_parameters(settings["scale_up"] * bench.shape.parameters, bench.shape.shard_bytes)
             memory(bench, larger, keep)
         result = conclude(bench, made, settings)
     finally:

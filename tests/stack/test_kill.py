@@ -75,7 +75,9 @@ def _model(folder: Path) -> Path:
     weight_map = {}
     for index in range(3):
         name = f"model-{index + 1:05d}-of-00003.safetensors"
-        tensors = {f"layers.{index}.{k}": torch.randn(300, 400, generator=generator).bfloat16() for k in ("a", "b", "c")}
+        tensors = {
+            f"layers.{index}.{k}": torch.randn(300, 400, generator=generator).bfloat16() for k in ("a", "b", "c")
+        }
         save_file(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

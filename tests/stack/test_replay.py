@@ -50,7 +50,10 @@ def _patches(folder: Path, model: Path) -> tuple[Path, Path]:
     """An exact patch of three tensors, one of integers, and a dense one that meets it in one of them."""
     generator = torch.Generator().manual_seed(6)
     state = _tensors(model)
-    first = {n: t + 1 if n == "steps" else t + torch.randn(t.shape, generator=generator).to(t.dtype) for n, t in state.items()}
+    first = {
+        n: t + 1 if n == "steps" else t + torch.randn(t.shape, generator=generator).to(t.dtype)
+        for n, t in state.items()
+    }
     first["embed.weight"] = state["embed.weight"]
     second = state | {n: state[n] * 1.5 for n in ("embed.weight", "layers.1.weight")}
     for name, tuned, encode in (("first", first, "exact"), ("second", second, "dense:fp32")):
@@ -139,7 +142,9 @@ def test_crash_after_every_operation(tmp_path: Path, change: str, how: str) -> N
         else:
             assert [x.id for x in status.patches] == on_before
         outcomes.add(found == after)
-        wl.remove(place, everything=True) if status.patches else wl.apply(place, q, in_place=True) and wl.remove(place, q)
+        wl.remove(place, everything=True) if status.patches else wl.apply(place, q, in_place=True) and wl.remove(
+            place, q
+        )
         assert _files(place) == clean
         assert not (place / ".weightlab").exists()
         shutil.rmtree(place)

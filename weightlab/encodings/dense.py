@@ -39,7 +39,9 @@ def rounded(delta: Tensor, dtype: str, name: str) -> Tensor:
     if dtype != "F64" and delta.numel():
         low, high = (float(v) for v in torch.aminmax(delta))
         if max(-low, high) >= DTYPES[dtype].limit and max(-low, high) != float("inf"):
-            raise RangeError(f"{name}: its delta reaches {max(-low, high):.6g}, too large for {dtype}", "store it as fp32")
+            raise RangeError(
+                f"{name}: its delta reaches {max(-low, high):.6g}, too large for {dtype}", "store it as fp32"
+            )
     return delta.to(DTYPES[dtype].torch)
 
 

@@ -1,4 +1,4 @@
-"""`sparse`: a share of the elements, the largest by magnitude or chosen at random and rescaled (DARE, arXiv 2311.03099).
+"""`sparse`: a share of the elements, the largest, or some chosen at random and rescaled (DARE, arXiv 2311.03099).
 
 Chosen elements are stored per block of 65,536: `counts` (u32) says how many a block has, `places` (u16) where in it
 they are, ascending, and `values` what they are. At least one element is kept of a tensor that has any.

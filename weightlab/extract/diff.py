@@ -7,11 +7,11 @@ more by encodings that need a statistic or a factorisation, and one that encodes
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-import tempfile
 from typing import Any
 
 import torch
@@ -21,15 +21,15 @@ from weightlab.encodings import Plan
 from weightlab.errors import NonFiniteError
 from weightlab.extract.pair import PairDelta, TensorPair
 from weightlab.extract.rules import Choice, EncodeRules, Rules
-from weightlab.patches.ties import redundant_copy_of
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file, atomic_folder, refuse_existing
 from weightlab.files.digest import Turns, fingerprint, tensor_hasher
 from weightlab.patches.compute import digest_tensors
-from weightlab.patches.header import Base, Created, Errors, Kind, Method, PatchHeader, Record, Result
+from weightlab.patches.header import SCHEMA, Base, Created, Errors, Kind, Method, PatchHeader, Record, Result
 from weightlab.patches.layout import StoredTensor
 from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch, open_patch
+from weightlab.patches.ties import redundant_copy_of
 from weightlab.patches.writer import PatchWriter, Spool, TensorSpool
 from weightlab.sources import Source
 from weightlab.stream.executor import Progress, Resources, Workspace, run
@@ -111,8 +111,11 @@ def diff_sources(base: Source, tuned: Source, out: Path | None, options: DiffOpt
     pairing = match_sources(base, tuned, options.allow)
     chosen = select([*pairing.both, *pairing.added, *pairing.removed], options.include, options.exclude)
     rules.check_used(chosen)
-    jobs = [_job(base, tuned, name, name not in pairing.added, rules, options) for name in sorted(chosen, key=natural_key)
-            if name not in pairing.removed]
+    jobs = [
+        _job(base, tuned, name, name not in pairing.added, rules, options)
+        for name in sorted(chosen, key=natural_key)
+        if name not in pairing.removed
+    ]
     _find_changed(jobs, options.resources)
     whole = not options.include and not options.exclude
     with ExitStack() as stack:
@@ -300,8 +303,8 @@ def _encode(jobs: Sequence[_Job], writer: PatchWriter, options: DiffOptions) -> 
         with turns.turn(index):
             measured = job.measured
             if measured.base_digest is not None:
-                measured.base_digest.update(memoryview(base.numpy()))
-            measured.tuned_digest.update(memoryview(tuned.numpy()))
+                measured.base_digest.update(base.numpy().data)
+            measured.tuned_digest.update(tuned.numpy().data)
             for part, values in pieces.items():
                 writer.append(job.pair.name, part, values)
             measured.max_abs = max(measured.max_abs, errors[0])
@@ -370,7 +373,7 @@ def _header(
         requires |= {"rows"} if record.base_shape is not None else set()
         requires |= {"dtype"} if record.base_dtype is not None else set()
     return PatchHeader(
-        schema_version=1,
+        schema=SCHEMA,
         requires=sorted(requires),
         kind=options.kind,
         method=options.method,

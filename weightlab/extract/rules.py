@@ -61,7 +61,7 @@ class Rules:
         self._rules = [(pattern, parse_choice(text)) for pattern, text in pairs]
         self._exact = parse_choice("exact")
         self._dense = parse_choice("dense")
-        self.text = {pattern: text for pattern, text in pairs}
+        self.text = dict(pairs)
 
     @property
     def any_lossless(self) -> bool:

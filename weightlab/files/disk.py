@@ -77,12 +77,14 @@ def read_exactly(fd: int, offset: int, out: Any, path: Path) -> None:
     Raises:
         IntegrityError: the file ends early or cannot be read: it was complete when its header was checked.
     """
-    view = memoryview(out.numpy())
+    view = out.numpy().data
     while view:
         try:
             count = os.preadv(fd, [view], offset)
         except OSError as error:
-            raise IntegrityError(f"{path}: {error.strerror} at byte {offset:,}", "the disk or file is damaged") from error
+            raise IntegrityError(
+                f"{path}: {error.strerror} at byte {offset:,}", "the disk or file is damaged"
+            ) from error
         if count == 0:
             raise IntegrityError(f"{path}: ends at byte {offset:,}", "the file was cut off while it was being read")
         view, offset = view[count:], offset + count
@@ -161,7 +163,7 @@ def hard_link(source: Path, target: Path) -> bool:
 
 
 def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length: int, path: Path) -> None:
-    """Copies bytes between files inside the kernel (sharing blocks where the file system can), else by read and write."""
+    """Copies bytes inside the kernel (sharing blocks where the file system can), else by read and write."""
     begin, size = offset, length
     with storage_errors(path):
         while length:

@@ -1,1 +1,1 @@
-"""What a user does with checkpoints and patches: one file a verb; the command line and `import weightlab` call these."""
+"""What users do with checkpoints and patches, one file a verb; called by the command line and by `import weightlab`."""

@@ -108,7 +108,10 @@ def _entries(
 ) -> list[On]:
     operands = listed(patches)
     return [
-        (label_of(operand, patch), StackEntry(patch, patch.exact_scale, tuple(include), tuple(exclude), dict(renames or {})))
+        (
+            label_of(operand, patch),
+            StackEntry(patch, patch.exact_scale, tuple(include), tuple(exclude), dict(renames or {})),
+        )
         for operand, patch in zip(operands, open_patches(operands), strict=True)
     ]
 

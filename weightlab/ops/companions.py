@@ -46,7 +46,9 @@ def companions(folder: Path, model_files: Collection[str]) -> tuple[list[Path], 
         elif path.is_file():
             kept.append(relative)
     if broken:
-        raise MissingInputError(f"{folder}: symbolic links that point nowhere", "get the files, or remove the links", broken)
+        raise MissingInputError(
+            f"{folder}: symbolic links that point nowhere", "get the files, or remove the links", broken
+        )
     return kept, left
 
 

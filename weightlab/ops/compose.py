@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,18 +55,20 @@ def compose(
     opened = sorted(open_patches(patches), key=lambda p: p.id)
     if not opened:
         raise UsageError("nothing to compose", "give one or more patches")
-    twice = [p.label for p, q in zip(opened, opened[1:], strict=False) if p.id == q.id]
+    twice = [p.label for p, q in itertools.pairwise(opened) if p.id == q.id]
     if twice:
         raise UsageError("a patch is given twice", "give it once, with the sum of its scales", twice)
     resources = resources or Resources()
     for patch in opened:
         patch.verify(resources)
     needing = [p.label for p in opened if any(_exact(p, n) for n in p.records)]
-    if encode is None:
+    if not encode:
         encode = "exact" if base is not None and len(needing) == len(opened) else "dense:fp32"
     to_exact = Rules(encode).any_lossless
     if base is None and (needing or to_exact):
-        what = "the change of an exact patch is known with its base only" if needing else "an exact result needs the base"
+        what = (
+            "the change of an exact patch is known with its base only" if needing else "an exact result needs the base"
+        )
         raise UsageError(what, "give --base", needing)
     options = DiffOptions(
         encode=encode,
@@ -92,7 +95,9 @@ def _exact(patch: Patch, name: str) -> bool:
 
 
 def _exact_result(patches: Sequence[Patch], base: Source, out: Path | None, options: DiffOptions) -> Patch:
-    back = len(patches) == 1 and patches[0].exact_scale == -1.0 and all(_exact(patches[0], n) for n in patches[0].records)
+    back = (
+        len(patches) == 1 and patches[0].exact_scale == -1.0 and all(_exact(patches[0], n) for n in patches[0].records)
+    )
     entries = [StackEntry(p, 1.0 if back else p.exact_scale) for p in patches]
     fitted = fit(base, entries)
     check_bases(base, fitted.targets.values(), options.resources)
@@ -127,7 +132,9 @@ def _sum(patches: Sequence[Patch], base: Source | None, out: Path | None, option
         if before:
             specs[name] = max(before, key=lambda s: s.type.bits)
     if wrong:
-        raise NamesMismatchError("these patches are for models of different shapes", "leave tensors out with --exclude", wrong)
+        raise NamesMismatchError(
+            "these patches are for models of different shapes", "leave tensors out with --exclude", wrong
+        )
     if undefined:
         raise MisfitError(
             "these tensors have no sum",

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weightlab.errors import UsageError
-from weightlab.files.digest import Turns
+from weightlab.ops.moments import Moments, moments
 from weightlab.ops.operands import ModelLike, PathLike, parse_patch, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Resources
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
-from weightlab.tensors.tiles import tiles
-
-
-@dataclass(slots=True)
-class Moments:
-    """Sums over elements, from which norms follow; all in fp64. NaN and infinities are counted and left out."""
-
-    count: int = 0
-    squares: float = 0.0
-    largest: float = 0.0
-    changed: int = 0
-    nonfinite: int = 0
-
-    def add(self, other: Moments) -> None:
-        self.count += other.count
-        self.squares += other.squares
-        self.largest = max(self.largest, other.largest)
-        self.changed += other.changed
-        self.nonfinite += other.nonfinite
-
-    @property
-    def norm(self) -> float:
-        return math.sqrt(self.squares)
-
-    @property
-    def rms(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
 @dataclass(slots=True)
@@ -122,7 +91,7 @@ def inspect(
     """Looks at a checkpoint or a patch; norms are streamed.
 
     Args:
-        base: for a patch: its base. Gives norms relative to the weights, and the norms of exact patches, whose Δ needs it.
+        base: for a patch: its base. Gives norms relative to the weights, and those of exact patches.
         norms: read the tensors; without, headers only.
 
     Raises:
@@ -133,14 +102,16 @@ def inspect(
     if patch is not None:
         return _patch(patch, base, key, norms, wait, resources)
     if base is not None:
-        raise UsageError(f"{path} is a checkpoint, and --base is for a patch", "take a difference with `weightlab diff`")
+        raise UsageError(
+            f"{path} is a checkpoint, and --base is for a patch", "take a difference with `weightlab diff`"
+        )
     assert not isinstance(path, Patch)
     with reading(path, key=key, wait=wait) as source:
         names = sorted(source.specs, key=natural_key)
         summable = [n for n in names if n not in source.opaque and source.specs[n].is_float]
         found = moments(source, summable, resources) if norms else {}
-        rows = [_row(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
-        result = _inspection(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
+        rows = [row_of(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
+        result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
         return result
@@ -177,14 +148,14 @@ def _patch(
     rows = []
     for name in names:
         record = patch.records[name]
-        row = _row(specs[name], patch.nbytes(name), found.get(name))
+        row = row_of(specs[name], patch.nbytes(name), found.get(name))
         row.encoding = record.encoding
         row.relative_error = record.error.relative_l2 if record.error else None
         if name in weights and weights[name].squares:
             row.relative = found[name].norm / weights[name].norm
         rows.append(row)
     full = sum(specs[n].nbytes for n in names if patch.records[n].encoding != "removed")
-    result = _inspection(patch.label, "patch", rows, full, found, weights)
+    result = summarise(patch.label, "patch", rows, full, found, weights)
     result.facts, result.notes = _facts(patch), notes
     return result
 
@@ -223,7 +194,8 @@ def _facts(patch: Patch) -> dict[str, Any]:
     }
 
 
-def _row(spec: TensorSpec, size: int, found: Moments | None) -> TensorRow:
+def row_of(spec: TensorSpec, size: int, found: Moments | None) -> TensorRow:
+    """A tensor's row; `size`: stored bytes."""
     row = TensorRow(spec.name, spec.dtype, list(spec.shape), spec.numel, size)
     if found is not None:
         row.norm, row.rms, row.largest = found.norm, found.rms, found.largest
@@ -231,7 +203,7 @@ def _row(spec: TensorSpec, size: int, found: Moments | None) -> TensorRow:
     return row
 
 
-def _inspection(
+def summarise(
     path: str,
     kind: str,
     rows: list[TensorRow],
@@ -239,6 +211,7 @@ def _inspection(
     found: Mapping[str, Moments],
     weights: Mapping[str, Moments],
 ) -> Inspection:
+    """Totals and layers from rows, the moments of what is looked at, and those of the weights it is relative to."""
     groups: dict[str, list[TensorRow]] = {}
     dtypes: dict[str, int] = {}
     for row in rows:
@@ -263,43 +236,3 @@ def _layer(
         row.nonzero, row.nonfinite = total.changed, total.nonfinite
         row.relative = total.norm / whole.norm if whole.squares else None
     return row
-
-
-def moments(source: Source, names: Sequence[str], resources: Resources) -> dict[str, Moments]:
-    """Norms of float tensors, tile by tile; tiles are added in order, so the result does not depend on the threads."""
-    turns = Turns()
-    found = {name: Moments() for name in names}
-    progress = Progress(sum(source.specs[n].nbytes for n in names), resources.progress)
-
-    def tasks() -> Iterator[tuple[int, str, int, int]]:
-        index = 0
-        for name in names:
-            for start, stop in tiles(source.specs[name].numel):
-                yield index, name, start, stop
-                index += 1
-
-    def work(task: tuple[int, str, int, int], workspace: Workspace) -> None:
-        index, name, start, stop = task
-        dtype = source.specs[name].type
-        assert dtype.torch is not None
-        raw = workspace.buffer("moments", (stop - start) * dtype.itemsize, torch.uint8)
-        source.read(name, start * dtype.itemsize, raw)
-        part = _moments(raw.view(dtype.torch), workspace)
-        with turns.turn(index):
-            found[name].add(part)
-        progress.advance(raw.numel())
-
-    run(tasks(), work, resources, turns)
-    return found
-
-
-def _moments(stored: Tensor, workspace: Workspace) -> Moments:
-    values = workspace.buffer("as fp64", stored.numel(), torch.float64)
-    values.copy_(stored)
-    bad = ~torch.isfinite(values)
-    nonfinite = int(bad.sum())
-    if nonfinite:
-        values[bad] = 0.0
-    low, high = (float(v) for v in torch.aminmax(values))
-    squares = float(torch.linalg.vector_norm(values)) ** 2
-    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(stored)), nonfinite)

@@ -81,7 +81,8 @@ def refuse_pending(path: Path) -> None:
     begun = pending(folder_of(path))
     if begun:
         raise IntegrityError(
-            f"{path}: a change of it was interrupted", f"undo or finish it with `weightlab status {path}`",
+            f"{path}: a change of it was interrupted",
+            f"undo or finish it with `weightlab status {path}`",
             [f"{place.anchor}: see {place.intent}" for place in begun],
         )
 

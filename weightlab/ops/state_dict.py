@@ -26,9 +26,7 @@ def patch_state_dict(
     """
     source = MemorySource(state)
     targets = checked_fit(source, entries, resources).targets
-    made = {
-        n: torch.empty(t.result.shape, dtype=t.result.type.torch) for n, t in targets.items() if t.mode != "remove"
-    }
+    made = {n: torch.empty(t.result.shape, dtype=t.result.type.torch) for n, t in targets.items() if t.mode != "remove"}
     offences = Offences()
 
     def tasks() -> Iterator[tuple[Target, int, int]]:
@@ -49,7 +47,7 @@ def patch_state_dict(
     for name, tensor in made.items():
         if targets[name].result_digest is not None:
             hasher = tensor_hasher(targets[name].result.dtype, targets[name].result.shape)
-            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             check_result(targets[name], hasher.hexdigest())
     patched: dict[str, Tensor] = {}
     for name, tensor in state.items():

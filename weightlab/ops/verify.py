@@ -92,9 +92,13 @@ def _checkpoint(path: str, source: Source, resources: Resources) -> Verified:
 def _check_base(patch: Patch, source: Source, resources: Resources) -> str:
     expected = {n: r.base_digest for n, r in patch.records.items() if r.base_digest is not None}
     whole = patch.header.base.fingerprint
-    missing = [f"{name}: not in {source.label}" for name in expected if source.aliases.get(name, name) not in source.specs]
+    missing = [
+        f"{name}: not in {source.label}" for name in expected if source.aliases.get(name, name) not in source.specs
+    ]
     if missing:
-        raise WrongBaseError(f"{source.label} is not the base of {patch.label}", "find the checkpoint it was taken from", missing)
+        raise WrongBaseError(
+            f"{source.label} is not the base of {patch.label}", "find the checkpoint it was taken from", missing
+        )
     names = set(source.specs) if whole is not None else {source.aliases.get(n, n) for n in expected}
     digests = digest_tensors(source, sorted(names), resources)
     wrong = [
@@ -103,9 +107,11 @@ def _check_base(patch: Patch, source: Source, resources: Resources) -> str:
         if digests[source.aliases.get(name, name)] != digest
     ]
     if not wrong and whole is not None and fingerprint(digests) != whole:
-        wrong = [f"fingerprint: {patch.label} is for {whole}, here is {fingerprint(digests)} (tensors it does not touch differ)"]
+        wrong = [f"fingerprint: {patch.label} is for {whole}, here is {fingerprint(digests)}: other tensors differ"]
     if wrong:
-        raise WrongBaseError(f"{source.label} is not the base of {patch.label}", "find the checkpoint it was taken from", wrong)
+        raise WrongBaseError(
+            f"{source.label} is not the base of {patch.label}", "find the checkpoint it was taken from", wrong
+        )
     if not expected:
         return f"the patch does not say what its base was, so {source.label} could not be compared"
     return f"{source.label} is its base"

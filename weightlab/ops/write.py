@@ -257,7 +257,7 @@ class _Writer:
             self.computed += task.count
         if task.turn >= 0:
             with self._turns.turn(task.turn):
-                self._hashers[task.name].update(memoryview(result.numpy()))
+                self._hashers[task.name].update(result.numpy().data)
 
 
 def _copies(file: OutputFile, start: int, stop: int, offset: int) -> Iterator[_Task]:

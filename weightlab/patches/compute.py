@@ -55,7 +55,13 @@ class Offences:
 
 
 def compute_tile(
-    target: Target, start: int, stop: int, clean: Tensor, workspace: Workspace, offences: Offences, allow_nonfinite: bool
+    target: Target,
+    start: int,
+    stop: int,
+    clean: Tensor,
+    workspace: Workspace,
+    offences: Offences,
+    allow_nonfinite: bool,
 ) -> Tensor:
     """The result's bytes (flat uint8) of elements [start, stop).
 
@@ -131,7 +137,7 @@ def digest_tensors(source: Source, names: Iterable[str], resources: Resources) -
         for start, stop in tiles(spec.stored.numel):
             raw = workspace.buffer("digest", (stop - start) * size, torch.uint8)
             source.read(name, start * size, raw)
-            hasher.update(memoryview(raw.numpy()))
+            hasher.update(raw.numpy().data)
         digests[name] = hasher.hexdigest()
 
     run(sorted(names, key=lambda n: -source.specs[n].nbytes), work, resources)
@@ -173,4 +179,3 @@ def check_result(target: Target, digest: str) -> None:
             f"{target.spec.name}: the result's digest is {digest}, and the patch promised {target.result_digest}",
             "report this: it is a bug or failing memory",
         )
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -106,7 +107,7 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
         MisfitError: lists every operation that is not defined on its tensor.
     """
     entries = sorted(entries, key=lambda e: e.patch.id)
-    twice = [e.patch.label for e, f in zip(entries, entries[1:], strict=False) if e.patch.id == f.patch.id]
+    twice = [e.patch.label for e, f in itertools.pairwise(entries) if e.patch.id == f.patch.id]
     if twice:
         raise StackError("a patch is given twice", "change its strength with `weightlab scale` instead", twice)
     result = Fit()
@@ -120,7 +121,9 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
             stored = source.aliases.get(target, target)
             if stored in taken:  # one patch, two names of one tied tensor: the same change counts once
                 if not _same_change(entry.patch, taken[stored], name):
-                    misfits.append(f"{target}: tied to {stored} here, and {entry.patch.label} changes the two differently")
+                    misfits.append(
+                        f"{target}: tied to {stored} here, and {entry.patch.label} changes the two differently"
+                    )
                 continue
             if stored not in source.specs and _twin(entry.patch, name, present):
                 continue  # tied: the checkpoint stores once what the patch's own base stored twice
@@ -227,7 +230,12 @@ def _settle(target: Target, undefined: list[str]) -> None:
         target.mode = "remove"
         return
     alone = target.terms[0]
-    if target.mode == "sum" and len(target.terms) == 1 and alone.scale == 1.0 and alone.patch.encoding(alone.name).lossless:
+    if (
+        target.mode == "sum"
+        and len(target.terms) == 1
+        and alone.scale == 1.0
+        and alone.patch.encoding(alone.name).lossless
+    ):
         target.mode = "restore"
         target.result = alone.record.spec(target.spec.name)
     elif reshaping:

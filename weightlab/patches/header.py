@@ -166,7 +166,9 @@ def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
     try:
         tree = strict_json(text)
     except (ValueError, RecursionError) as error:
-        raise MalformedFileError(f"{where}: its patch header is not proper JSON: {error}", "get the file again") from error
+        raise MalformedFileError(
+            f"{where}: its patch header is not proper JSON: {error}", "get the file again"
+        ) from error
     version = tree.get("schema") if isinstance(tree, dict) else None
     if version != SCHEMA or type(version) is not int:
         raise MalformedFileError(
@@ -176,10 +178,14 @@ def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
         header = PatchHeader.model_validate(tree)
     except ValidationError as error:
         details = [f"{'.'.join(str(x) for x in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise MalformedFileError(f"{where}: its patch header breaks the format", "get the file again", details) from error
+        raise MalformedFileError(
+            f"{where}: its patch header breaks the format", "get the file again", details
+        ) from error
     unknown = sorted(set(header.requires) - FEATURES)
     if unknown:
-        raise MalformedFileError(f"{where}: needs features that this version does not know", "update weightlab", unknown)
+        raise MalformedFileError(
+            f"{where}: needs features that this version does not know", "update weightlab", unknown
+        )
     wrong = [
         f"{name}: unknown dtype {dtype!r}"
         for name, record in header.tensors.items()

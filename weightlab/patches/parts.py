@@ -83,5 +83,5 @@ class StoredParts:
         for start in range(0, extent.spec.nbytes, _CHUNK):
             raw = buffers.buffer("digest", min(_CHUNK, extent.spec.nbytes - start), torch.uint8)
             read_exactly(extent.fd, extent.offset + start, raw, extent.path)
-            digest.update(memoryview(raw.numpy()))
+            digest.update(raw.numpy().data)
         return digest.hexdigest(extent.spec.shape)

@@ -256,9 +256,11 @@ def _joined(place: Path, headers: Mapping[str, PatchHeader]) -> PatchHeader:
 def _check_entries(place: Path, header: PatchHeader, files: Mapping[str, Header]) -> None:
     found = {entry: e.spec for h in files.values() for entry, e in h.entries.items()}
     listed = [p.entry for r in header.tensors.values() for p in r.parts.values()]
-    wrong = [f"{entry}: listed twice" for entry in sorted({e for e in listed if listed.count(e) > 1})] if len(
-        set(listed)
-    ) != len(listed) else []
+    wrong = (
+        [f"{entry}: listed twice" for entry in sorted({e for e in listed if listed.count(e) > 1})]
+        if len(set(listed)) != len(listed)
+        else []
+    )
     wrong += [f"{entry}: listed and not there" for entry in listed if entry not in found]
     wrong += [f"{entry}: there and not listed" for entry in sorted(found.keys() - set(listed))]
     for name, record in header.tensors.items():
@@ -276,7 +278,9 @@ def _part_problems(place: Path, name: str, record: Record, parts: Mapping[str, T
     try:
         encoding = ENCODINGS.get(record.encoding)
     except UsageError as error:
-        raise MalformedFileError(f"{place}: {name} has an unknown encoding {record.encoding!r}", error.remedy) from error
+        raise MalformedFileError(
+            f"{place}: {name} has an unknown encoding {record.encoding!r}", error.remedy
+        ) from error
     try:
         expected = encoding.expected(record.spec(name), record.parameters)
     except (ValueError, KeyError, TypeError) as error:

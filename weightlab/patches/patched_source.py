@@ -80,7 +80,8 @@ class DeltaSource:
         self._terms: dict[str, list[tuple[Patch, StoredParts]]] = {
             n: [(p, p.parts(n)) for p in ordered if n in p.records] for n in names
         }
-        self.label, self.path = " + ".join(p.label for p in ordered), None
+        self.label: str = " + ".join(p.label for p in ordered)
+        self.path: Path | None = None
         self.specs: Mapping[str, TensorSpec] = {n: self._spec(n) for n in names}
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()

@@ -6,6 +6,7 @@ checkpoints stores is no difference between them; it is recognised by its bytes,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,7 @@ def same_bytes(source: Source, name: str, other: str) -> bool:
     """Whether two tensors of a checkpoint have equal bytes; unequal ones are mostly told apart by a glance."""
     size = source.specs[name].nbytes
     bounds = [0, min(_GLANCE, size), *range(_CHUNK, size, _CHUNK), size]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         first, second = (torch.empty(max(0, stop - start), dtype=torch.uint8) for _ in range(2))
         source.read(name, start, first)
         source.read(other, start, second)
@@ -39,9 +40,9 @@ def redundant_copy_of(source: Source, name: str, candidates: Iterable[str]) -> s
         return None
     for other in candidates:
         twin = source.specs.get(other)
-        if other != name and twin is not None and (twin.dtype, twin.shape) == (spec.dtype, spec.shape):
-            if same_bytes(source, name, other):
-                return other
+        alike = other != name and twin is not None and (twin.dtype, twin.shape) == (spec.dtype, spec.shape)
+        if alike and same_bytes(source, name, other):
+            return other
     return None
 
 

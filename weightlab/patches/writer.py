@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weightlab.errors import UsageError
 from weightlab.files import disk
 from weightlab.files.container import MAX_HEADER, build_header, layout
 from weightlab.files.digest import PartDigest
-from weightlab.errors import UsageError
+from weightlab.files.disk import read_exactly
 from weightlab.patches.header import KEY, Part, PatchHeader, Record, Shard, canonical
 from weightlab.patches.layout import INDEX_NAME, StoredTensor, entry_name, shard_name, split
 from weightlab.patches.parts import Extent, StoredParts
-from weightlab.files.disk import read_exactly
 from weightlab.tensors.spec import TensorSpec
 
 _ANY_DIGEST = "f" * 64

@@ -39,9 +39,9 @@ class MemorySource:
         if wrong:
             raise InputError(f"{label}: holds values that are not plain tensors", "give a state dict of tensors", wrong)
         self.label = label
-        self.path = path
+        self.path: Path | None = path
         self.tensors: dict[str, Tensor] = {}
-        self.aliases: dict[str, str] = {}
+        aliases: dict[str, str] = {}
         owners: dict[tuple[object, ...], str] = {}
         for name in sorted(state, key=natural_key):  # which of two names is the tensor does not depend on their order
             tensor = state[name]
@@ -50,7 +50,8 @@ class MemorySource:
             if owner == name:
                 self.tensors[name] = tensor.detach()
             else:
-                self.aliases[name] = owner
+                aliases[name] = owner
+        self.aliases: Mapping[str, str] = aliases
         self.specs: Mapping[str, TensorSpec] = {
             n: TensorSpec(n, BY_TORCH[t.dtype].name, _logical_shape(t)) for n, t in self.tensors.items()
         }

@@ -179,7 +179,9 @@ def _check_index(anchor: Path, weight_map: Mapping[str, str], headers: Mapping[s
             places[name].append(file)
     twice = [f"{name}: in {' and '.join(files)}" for name, files in places.items() if len(files) > 1]
     if twice:
-        raise MalformedFileError(f"{anchor}: {len(twice)} tensors are in more than one shard", "get the files again", twice)
+        raise MalformedFileError(
+            f"{anchor}: {len(twice)} tensors are in more than one shard", "get the files again", twice
+        )
     wrong = [f"{n}: not in {f}" for n, f in weight_map.items() if places.get(n) != [f]]
     wrong += [f"{n}: in {files[0]} and not in the index" for n, files in places.items() if n not in weight_map]
     if wrong:
@@ -187,4 +189,3 @@ def _check_index(anchor: Path, weight_map: Mapping[str, str], headers: Mapping[s
 
 
 SOURCE = _Local()
-

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsafePickleError, UnsupportedFormatError
+from weightlab.errors import (
+    InputError,
+    MalformedFileError,
+    MissingInputError,
+    UnsafePickleError,
+    UnsupportedFormatError,
+)
 from weightlab.sources._memory import MemorySource
 from weightlab.sources._quantised import opaque_names, read_config
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError
-from weightlab.files import disk
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.sources import Source
@@ -22,7 +21,7 @@ On: TypeAlias = tuple[str, StackEntry]
 """What a patch is called, and the patch as it is used."""
 
 REMEDY = (
-    "restore the files from a copy; or keep them as they are and drop what weightlab knows: weightlab remove {} --forget"
+    "restore the files from a copy, or keep them and drop what weightlab knows of them: weightlab remove {} --forget"
 )
 
 

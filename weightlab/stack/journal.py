@@ -79,8 +79,8 @@ def results(
             fd, offset, path = write[name]
             disk.write_at(fd, result.numpy(), offset + start * size, path)
         with turns.turn(index):
-            hashers[name][0].update(memoryview(raw.numpy()))
-            hashers[name][1].update(memoryview(result.numpy()))
+            hashers[name][0].update(raw.numpy().data)
+            hashers[name][1].update(result.numpy().data)
         progress.advance(raw.numel())
 
     run(tasks(), work, resources, turns)
@@ -124,7 +124,9 @@ def write_shards(
         found = results(clean, targets, resources, allow_nonfinite=allow_nonfinite, write=where)
         wrong = [f"{n}: {found[n][1]}, not {expected[n]}" for n in found if found[n][1] != expected[n]]
         if wrong:
-            raise IntegrityError("results changed between computing and writing", "check the memory and the disk", wrong)
+            raise IntegrityError(
+                "results changed between computing and writing", "check the memory and the disk", wrong
+            )
         for file, fd in descriptors.items():
             disk.sync_file(fd, paths[file], data_only=True)
     finally:
@@ -236,4 +238,3 @@ def _clear(folder: Path, keep: Iterable[str]) -> None:
                 disk.remove_tree(item)
             else:
                 disk.unlink(item)
-

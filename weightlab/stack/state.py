@@ -214,4 +214,3 @@ class CleanSource:
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-

@@ -174,9 +174,7 @@ class _Change:
 
     def _rehearse(self, clean: CleanSource, rewrite: Sequence[Target], records: list[PatchOn]) -> Changed:
         self._require_room(rewrite, [])
-        found = journal.results(
-            clean, rewrite, self.options.resources, allow_nonfinite=self.options.allow_nonfinite
-        )
+        found = journal.results(clean, rewrite, self.options.resources, allow_nonfinite=self.options.allow_nonfinite)
         self._check(rewrite, found)
         state = self.state.model_copy(update={"patches": records})
         return Changed(state, len(rewrite), self._bytes(rewrite), ["nothing was written (dry run)"])

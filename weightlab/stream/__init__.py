@@ -1,1 +1,1 @@
-"""The executor: worker threads that take tiles, overlap reading, arithmetic and writing, and stay in a memory budget."""
+"""The executor: threads that take tiles, overlap reading, arithmetic and writing, and stay in a memory budget."""

@@ -96,7 +96,8 @@ class Resources:
         needed = _INTERPRETER + numel * 4 * 4
         if self.memory != DEFAULT_MEMORY and needed > self.memory:
             raise UsageError(
-                f"{name}: factorising it needs about {needed // 2**20}M", "give more --memory, or another encoding for it"
+                f"{name}: factorising it needs about {needed // 2**20}M",
+                "give more --memory, or another encoding for it",
             )
 
 

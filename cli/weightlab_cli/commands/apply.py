@@ -14,7 +14,9 @@ from weightlab_cli.options import Common
 @click.command()
 @click.argument("model")
 @click.argument("patches", nargs=-1, metavar="[PATCH[@SCALE]]...")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a new checkpoint: a folder, or NAME.safetensors.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Write a new checkpoint: a folder, or NAME.safetensors."
+)
 @click.option("--in-place", is_flag=True, help="Change MODEL itself; `weightlab remove` restores it bit for bit.")
 @options.include
 @options.exclude

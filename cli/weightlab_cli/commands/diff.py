@@ -1,0 +1,93 @@
+"""`weightlab diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weightlab.errors import UsageError
+from weightlab_cli import options
+from weightlab_cli.options import Common
+from weightlab_cli.output import size
+
+_FOR_A_PATCH = ("encode", "base_name", "revision", "license", "notes", "allow_nonfinite")
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The patch: NAME.safetensors, or a folder that is sharded at 5 GB.",
+)
+@options.encode
+@options.include
+@options.exclude
+@options.renames("Rename prefixes of TUNED's tensor names to BASE's; may be repeated.")
+@click.option(
+    "--allow",
+    type=click.Choice(["added", "removed", "rows"]),
+    multiple=True,
+    help="A difference in structure that is meant; may be repeated.",
+)
+@options.key
+@click.option("--base-name", metavar="ORG/NAME", help="What the base is called on the Hub; kept in the header.")
+@click.option("--revision", help="The base's revision; kept in the header.")
+@click.option("--license", help="The patch's licence; kept in the header.")
+@click.option("--notes", help="Anything to keep in the header.")
+@options.allow_nonfinite
+@click.option("--exit-code", is_flag=True, help="Without -o: end with 1 when the models differ.")
+@options.wait
+@options.common
+def command(common: Common, base: str, tuned: str, out: Path | None, exit_code: bool, **chosen: Any) -> None:
+    """Take TUNED - BASE and keep it as a patch; without -o, say how the two differ.
+
+    \b
+    Example:
+      weightlab diff base/ tuned/ -o change.safetensors
+      weightlab diff base/ tuned/ -o small.safetensors --encode low_rank:16 --encode '*norm*=dense:fp32'
+      weightlab diff base/ tuned/ --exit-code --quiet
+    """
+    if out is None:
+        _compare(common, base, tuned, exit_code, chosen)
+        return
+    if exit_code:
+        raise UsageError("--exit-code is for a comparison", "leave out -o")
+    import weightlab as wl
+    from weightlab.ops.inspect import inspect
+
+    with common.resources() as resources:
+        patch = wl.diff(base, tuned, out, resources=resources, **chosen)
+    found = inspect(patch, norms=False)
+    common.output.result({"path": str(out), **found.facts, "bytes": found.bytes, "full_bytes": found.full_bytes})
+    rows = [
+        [name, str(held["tensors"]), size(held["bytes"]), size(held["full_bytes"])]
+        for name, held in found.facts["encodings"].items()
+    ]
+    common.output.table(["encoding", "#tensors", "#stored", "#in full"], rows)
+    common.output.line(f"largest relative error of a tensor: {found.facts['largest_relative_error']:.3g}")
+    common.output.line(f"{out}: {len(patch.records)} tensors changed, id {patch.id[:12]}")
+
+
+def _compare(common: Common, base: str, tuned: str, exit_code: bool, chosen: dict[str, Any]) -> None:
+    given = [f"--{n.replace('_', '-')}" for n in _FOR_A_PATCH if chosen.pop(n)]
+    if given:
+        raise UsageError("these options are for a patch", "say where it goes with -o", given)
+    from weightlab.ops.compare import difference
+    from weightlab_cli.reports import show_layers
+
+    with common.resources() as resources:
+        found = difference(base, tuned, resources=resources, **chosen)
+    common.output.result(found)
+    show_layers(common.output, found)
+    facts = found.facts
+    for what in ("added", "removed"):
+        for name in facts[what]:
+            common.output.line(f"{what}: {name}")
+    common.output.line(f"{facts['changed']} of {facts['compared']} tensors differ, {size(found.bytes)}")
+    if exit_code and (facts["changed"] or facts["added"] or facts["removed"]):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,74 @@
+"""How two models differ, without making a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+
+from weightlab.extract.diff import match_sources
+from weightlab.ops.inspect import Inspection, row_of, summarise
+from weightlab.ops.moments import moments
+from weightlab.ops.operands import ModelLike, reading
+from weightlab.patches.compute import digest_tensors
+from weightlab.sources import Source
+from weightlab.sources._difference import DifferenceSource
+from weightlab.sources._renamed import RenamedSource
+from weightlab.stream.executor import Resources
+from weightlab.tensors.order import natural_key
+from weightlab.tensors.select import select
+
+
+def difference(
+    base: ModelLike,
+    tuned: ModelLike,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renames: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
+    key: str | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Inspection:
+    """The tensors that differ, with the norms of the difference, absolute and relative to the base.
+
+    `tensors` has a row for each tensor that is not the same bit for bit, without norms where it has no arithmetic or
+    grows; `facts` has how many were compared and changed, and the names that come and go.
+
+    Raises:
+        NamesMismatchError: lists every tensor that does not pair up and is not allowed to.
+    """
+    resources = resources or Resources()
+    with ExitStack() as stack:
+        before: Source = stack.enter_context(reading(base, key=key, wait=wait))
+        after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
+        if renames:
+            after = RenamedSource(after, renames)
+        pairing = match_sources(before, after, allow)
+        chosen = set(select([*pairing.both, *pairing.added, *pairing.removed], include, exclude))
+        both = [n for n in pairing.both if n in chosen]
+        digests = [digest_tensors(s, both, resources) for s in (before, after)]
+        changed = sorted((n for n in both if digests[0][n] != digests[1][n]), key=natural_key)
+        plain = [
+            n
+            for n in changed
+            if before.specs[n].shape == after.specs[n].shape
+            and before.specs[n].is_float
+            and n not in before.opaque | after.opaque
+        ]
+        found = moments(DifferenceSource(before, after, plain), plain, resources)
+        weights = moments(before, plain, resources)
+        rows = [row_of(before.specs[n], before.specs[n].nbytes, found.get(n)) for n in changed]
+        for row in rows:
+            if row.name in weights and weights[row.name].squares:
+                row.relative = found[row.name].norm / weights[row.name].norm
+        result = summarise(
+            f"{after.label} against {before.label}", "difference", rows, sum(r.bytes for r in rows), found, weights
+        )
+        result.facts = {
+            "compared": len(both),
+            "changed": len(changed),
+            "added": sorted(chosen & set(pairing.added), key=natural_key),
+            "removed": sorted(chosen & set(pairing.removed), key=natural_key),
+        }
+        return result

@@ -1,0 +1,81 @@
+"""Norms of many tensors, streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weightlab.files.digest import Turns
+from weightlab.sources import Source
+from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.tensors.tiles import tiles
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over elements, from which norms follow; all in fp64. NaN and infinities are counted and left out."""
+
+    count: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+    nonfinite: int = 0
+
+    def add(self, other: Moments) -> None:
+        self.count += other.count
+        self.squares += other.squares
+        self.largest = max(self.largest, other.largest)
+        self.changed += other.changed
+        self.nonfinite += other.nonfinite
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.squares)
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+def moments(source: Source, names: Sequence[str], resources: Resources) -> dict[str, Moments]:
+    """Norms of float tensors, tile by tile; tiles are added in order, so the result does not depend on the threads."""
+    turns = Turns()
+    found = {name: Moments() for name in names}
+    progress = Progress(sum(source.specs[n].nbytes for n in names), resources.progress)
+
+    def tasks() -> Iterator[tuple[int, str, int, int]]:
+        index = 0
+        for name in names:
+            for start, stop in tiles(source.specs[name].numel):
+                yield index, name, start, stop
+                index += 1
+
+    def work(task: tuple[int, str, int, int], workspace: Workspace) -> None:
+        index, name, start, stop = task
+        dtype = source.specs[name].type
+        assert dtype.torch is not None
+        raw = workspace.buffer("moments", (stop - start) * dtype.itemsize, torch.uint8)
+        source.read(name, start * dtype.itemsize, raw)
+        part = _moments(raw.view(dtype.torch), workspace)
+        with turns.turn(index):
+            found[name].add(part)
+        progress.advance(raw.numel())
+
+    run(tasks(), work, resources, turns)
+    return found
+
+
+def _moments(stored: Tensor, workspace: Workspace) -> Moments:
+    values = workspace.buffer("as fp64", stored.numel(), torch.float64)
+    values.copy_(stored)
+    bad = ~torch.isfinite(values)
+    nonfinite = int(bad.sum())
+    if nonfinite:
+        values[bad] = 0.0
+    low, high = (float(v) for v in torch.aminmax(values))
+    squares = float(torch.linalg.vector_norm(values)) ** 2
+    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(stored)), nonfinite)

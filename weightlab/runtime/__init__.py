@@ -1,0 +1,1 @@
+"""Patches on models in memory."""

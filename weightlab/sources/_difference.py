@@ -1,0 +1,50 @@
+"""The difference of two sources, computed while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weightlab.sources import Source
+from weightlab.tensors.spec import TensorSpec, compute_dtype
+
+
+class DifferenceSource:
+    """tuned − base of tensors that both have in the same shape, in fp32 (fp64 for fp64 tensors). Closes neither."""
+
+    def __init__(self, base: Source, tuned: Source, names: Sequence[str]) -> None:
+        self._base, self._tuned = base, tuned
+        self.label: str = f"{tuned.label} - {base.label}"
+        self.path: Path | None = None
+        self.specs: Mapping[str, TensorSpec] = {
+            n: TensorSpec(
+                n,
+                "F64" if compute_dtype(base.specs[n], tuned.specs[n]) == torch.float64 else "F32",
+                base.specs[n].shape,
+            )
+            for n in names
+        }
+        self.aliases: Mapping[str, str] = {}
+        self.opaque: frozenset[str] = frozenset()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        dtype = self.specs[name].type
+        assert dtype.torch is not None
+        first, count = start // dtype.itemsize, out.numel() // dtype.itemsize
+        delta = out.view(dtype.torch)
+        delta.copy_(_values(self._tuned, name, first, count))
+        delta.sub_(_values(self._base, name, first, count).to(dtype.torch))
+
+    def close(self) -> None:
+        """Nothing of its own to give back."""
+
+
+def _values(source: Source, name: str, first: int, count: int) -> Tensor:
+    dtype = source.specs[name].type
+    assert dtype.torch is not None
+    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    source.read(name, first * dtype.itemsize, raw)
+    return raw.view(dtype.torch)
