@@ -27,8 +27,8 @@ _in_use: WeakSet[nn.Module] = WeakSet()
 class PatchStack:
     """The patches that are on a module.
 
-    Every touched tensor is always round(clean + Σ scale·Δ), terms in the order of the patch ids, computed from a copy of
-    its clean bits: the same bits as on disk, whatever came on and off before. Parameters and buffers stay the same
+    Every touched tensor is always round(clean + Σ scale·Δ), terms in the order of the patch ids, computed from a copy
+    of its clean bits: the same bits as on disk, whatever came on and off before. Parameters and buffers stay the same
     objects; their values are changed in place.
 
     Args:
@@ -126,7 +126,7 @@ class PatchStack:
         clean = self._clean | fresh
         results = self._compute(source, [targets[n] for n in changed if n in targets])
         for name in changed:
-            _overwrite(state[name], results.get(name, clean[name]))
+            _overwrite(state[name], results[name] if name in results else clean[name])
         self._clean = {n: t for n, t in clean.items() if n in targets}
         self._recipes, self._entries = dict(recipes), list(entries)
 
