@@ -1,7 +1,7 @@
 """The one way by which parts are added: a folder of plug-ins, joined by an entry-point group.
 
 A module `NAME.py` in the folder is the built-in plug-in `NAME` (modules that begin with an underscore are
-helpers); another package adds one through an entry point in the group of the same registry. Either way the
+helpers, and folders are not looked into); another package adds one through an entry point in the group of the same registry. Either way the
 plug-in is the attribute that the registry names (for example `ENCODING`). Nothing is imported until it is asked for.
 """
 
@@ -37,7 +37,7 @@ class Registry(Generic[Plugin]):
     @cached_property
     def _builtin(self) -> frozenset[str]:
         path = importlib.import_module(self.package).__path__
-        return frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+        return frozenset(m.name for m in pkgutil.iter_modules(path) if not (m.ispkg or m.name.startswith("_")))
 
     @cached_property
     def _external(self) -> dict[str, EntryPoint]:

@@ -5,9 +5,9 @@ An encoding is the `ENCODING` of its module: an object with the methods of the `
 
 from __future__ import annotations
 
-from weightlab.encodings._base import DeltaReader, Encoding, Parts, Plan, Spool, Tile
+from weightlab.encodings._base import Buffers, DeltaReader, Encoding, LosslessEncoding, Parts, Plan, Spool, Tile
 from weightlab.registry import Registry
 
 ENCODINGS: Registry[Encoding] = Registry("weightlab.encodings", "ENCODING", "encoding")
 
-__all__ = ["ENCODINGS", "DeltaReader", "Encoding", "Parts", "Plan", "Spool", "Tile"]
+__all__ = ["ENCODINGS", "Buffers", "DeltaReader", "Encoding", "LosslessEncoding", "Parts", "Plan", "Spool", "Tile"]

@@ -11,8 +11,8 @@ from weightlab.ops.moments import moments
 from weightlab.ops.operands import ModelLike, reading
 from weightlab.patches.compute import digest_tensors
 from weightlab.sources import Source
-from weightlab.sources._difference import DifferenceSource
-from weightlab.sources._renamed import RenamedSource
+from weightlab.sources.virtual.difference import DifferenceSource
+from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import select

@@ -17,7 +17,7 @@ from weightlab.patches.header import Method
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource, PatchedSource
 from weightlab.sources import Source
-from weightlab.sources._zeros import ZeroSource
+from weightlab.sources.virtual.zeros import ZeroSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.match import ALLOWANCES
 from weightlab.tensors.select import select

@@ -11,7 +11,7 @@ from weightlab.extract.rules import EncodeRules
 from weightlab.ops.operands import ModelLike, PathLike, reading
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source
-from weightlab.sources._renamed import RenamedSource
+from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
 
 

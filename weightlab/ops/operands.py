@@ -15,7 +15,7 @@ from weightlab.errors import IntegrityError, MissingInputError, UnsupportedForma
 from weightlab.files.lock import folder_lock
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.sources import Source, open_source
-from weightlab.sources._memory import MemorySource
+from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stack.guards import folder_of
 from weightlab.stack.state import pending
 

@@ -11,7 +11,7 @@ from weightlab.files.digest import tensor_hasher
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.patches.compute import Offences, check_result, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
-from weightlab.sources._memory import MemorySource
+from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.tiles import tiles
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from weightlab.encodings._base import LosslessEncoding
+from weightlab.encodings import LosslessEncoding
 from weightlab.errors import IntegrityError, NonFiniteError, RangeError, WrongBaseError
 from weightlab.files.digest import tensor_hasher
 from weightlab.patches.fit import Target

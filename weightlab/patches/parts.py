@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from weightlab.encodings._base import Buffers
+from weightlab.encodings import Buffers
 from weightlab.errors import IntegrityError
 from weightlab.files.digest import PartDigest
 from weightlab.files.disk import read_exactly

@@ -16,7 +16,7 @@ from weightlab.ops.operands import PatchesLike, PatchLike, open_patches
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
 from weightlab.patches.patch import Patch
-from weightlab.sources._memory import MemorySource
+from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.tensors.tiles import tiles

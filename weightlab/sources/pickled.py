@@ -22,8 +22,8 @@ from weightlab.errors import (
     UnsafePickleError,
     UnsupportedFormatError,
 )
-from weightlab.sources._memory import MemorySource
 from weightlab.sources._quantised import opaque_names, read_config
+from weightlab.sources.virtual.memory import MemorySource
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".tar")
 _INDEX = ".bin.index.json"
