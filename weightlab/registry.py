@@ -1,8 +1,9 @@
 """The one way by which parts are added: a folder of plug-ins, joined by an entry-point group.
 
-A module `NAME.py` in the folder is the built-in plug-in `NAME` (modules that begin with an underscore are
-helpers, and folders are not looked into); another package adds one through an entry point in the group of the same registry. Either way the
-plug-in is the attribute that the registry names (for example `ENCODING`). Nothing is imported until it is asked for.
+A module `NAME.py` in the folder is the built-in plug-in `NAME` (modules that begin with an underscore are helpers, and
+folders are not looked into); another package adds one through an entry point in the group of the same name. Either way
+the plug-in is the attribute that the registry names (for example `ENCODING`). Nothing is imported before it is asked
+for.
 """
 
 from __future__ import annotations

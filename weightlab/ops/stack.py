@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from weightlab.errors import IntegrityError, StackError, UsageError
+from weightlab.errors import BusyError, IntegrityError, StackError, UsageError
 from weightlab.files.lock import folder_lock
 from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
 from weightlab.stack.guards import On, check_unchanged, folder_of, recover_all
-from weightlab.stack.state import StatePlace, pending
+from weightlab.stack.state import StatePlace, pending, places
 from weightlab.stack.transaction import ChangeOptions, Links, change, forget
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
@@ -102,6 +103,10 @@ def status(model: PathLike, *, wait: float = 0.0, resources: Resources | None = 
     if folder.is_dir() and pending(folder):
         with folder_lock(folder, exclusive=True, wait=wait):
             notes = recover_all(folder, resources)
+    elif folder.is_dir() and any(not place.read_stack().patches for place in places(folder)):
+        # Left by a change that ended before it began, unless it is under way just now.
+        with suppress(BusyError), folder_lock(folder, exclusive=True):
+            recover_all(folder, resources)
     with reading(model_path(path), wait=wait) as source:
         if not isinstance(source, LocalSource):
             return Status(os.fspath(model), notes=notes)
