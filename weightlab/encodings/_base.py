@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from weightlab.errors import UsageError
+from weightlab.errors import NonFiniteError, RangeError, UsageError
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import rectangles
 
@@ -45,12 +45,14 @@ class DeltaReader(Protocol):
 
     spec: TensorSpec
     """Name, dtype and shape of the tensor that the patch will be put on."""
+    compute: torch.dtype
+    """The dtype of the delta: fp32, or fp64 for fp64 tensors."""
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, delta) in order; delta is fp32 or fp64, valid until the next step."""
+        """(start, stop, delta) in order; delta is flat, valid until the next step."""
 
     def matrix(self) -> Tensor:
-        """The whole delta as an fp32 or fp64 matrix [rows, columns]; for encoders that factorise."""
+        """The whole delta as a matrix [rows, columns]; for encoders that factorise."""
 
 
 class Spool(Protocol):
@@ -144,8 +146,15 @@ class Encoding(Protocol):
             ValueError, KeyError or TypeError: the parameters make no sense.
         """
 
-    def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan:
-        """Makes whatever passes over the delta are needed before tiles can be encoded."""
+    def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan | None:
+        """Makes whatever passes over the delta are needed before tiles can be encoded.
+
+        Returns:
+            None where it turns out that the tensor is better stored dense, as if `accepts` had said no.
+
+        Raises:
+            NonFiniteError, RangeError: the encoding cannot hold this delta; names the tensor.
+        """
 
     def encode(self, plan: Plan, spec: TensorSpec, tile: Tile) -> tuple[dict[str, Tensor], Tensor | None]:
         """Encodes one tile: (values to append to each part, the delta as it will be decoded).
@@ -185,6 +194,48 @@ def no_arguments(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     if arguments:
         raise UsageError(f"{name} takes no parameter, got {':'.join(arguments)!r}", f"write {name}")
     return {}
+
+
+def row_blocks(values: Tensor, start: int, stop: int, columns: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Cuts the elements [start, stop) of a matrix, flat, by rows: (first row, row after the last, the matrix there)."""
+    done = 0
+    for first, last, left, right in rectangles(start, stop, columns):
+        size = (last - first) * (right - left)
+        yield first, last, values[done : done + size].reshape(last - first, right - left)
+        done += size
+
+
+def require_finite(values: Tensor, name: str, encoding: str) -> None:
+    """Checks statistics of a delta (ranges, sums), for encodings that cannot stand for NaN and infinity.
+
+    Raises:
+        NonFiniteError: names the tensor.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            f"{encoding} cannot hold NaN or infinity",
+            "store it dense or exact, or exclude it",
+            [f"{name} ({encoding})"],
+        )
+
+
+def as_scales(values: Tensor, name: str, encoding: str) -> Tensor:
+    """Statistics of a delta as the fp32 scales that its codes are multiplied by.
+
+    Raises:
+        NonFiniteError: the delta has NaN or infinity.
+        RangeError: it is beyond fp32.
+    """
+    require_finite(values, name, encoding)
+    scales = values.to(torch.float32)
+    if not bool(torch.isfinite(scales).all()):
+        largest = float(values.abs().max())
+        raise RangeError(
+            "the delta is too large for its encoding",
+            "store it dense:fp64 or exact, or exclude it",
+            [f"{name}: reaches {largest:.6g}, and {encoding} holds fp32"],
+        )
+    return scales
 
 
 def per_row(values: Tensor, start: int, stop: int, columns: int) -> Tensor:

@@ -34,14 +34,20 @@ def rounded(delta: Tensor, dtype: str, name: str) -> Tensor:
     """The delta in its stored dtype.
 
     Raises:
-        RangeError: a finite element becomes infinite.
+        RangeError: a finite element would become infinite.
     """
-    if dtype != "F64" and delta.numel():
+    limit = DTYPES[dtype].limit
+    if delta.numel():
         low, high = (float(v) for v in torch.aminmax(delta))
-        if max(-low, high) >= DTYPES[dtype].limit and max(-low, high) != float("inf"):
-            raise RangeError(
-                f"{name}: its delta reaches {max(-low, high):.6g}, too large for {dtype}", "store it as fp32"
-            )
+        if not (-limit < low and high < limit):  # too large, or NaN or infinity somewhere
+            sizes = delta.abs()
+            largest = float(torch.where(torch.isfinite(sizes), sizes, 0).max())
+            if largest >= limit:
+                raise RangeError(
+                    "the delta is too large for the dtype that it is stored in",
+                    f"store it as {'fp32' if DTYPES[dtype].bits < 32 else 'fp64'}",
+                    [f"{name}: reaches {largest:.6g}, {dtype} holds less than {limit:.6g}"],
+                )
     return delta.to(DTYPES[dtype].torch)
 
 

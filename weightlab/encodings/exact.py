@@ -31,7 +31,7 @@ from weightlab.encodings._base import (
 from weightlab.encodings._exact_codec import PLANES, Array, join, split
 from weightlab.errors import IntegrityError
 from weightlab.tensors.arithmetic import bits
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import BY_TORCH, TensorSpec
 from weightlab.tensors.tiles import TILE, tile_count
 
 _REMEDY = "get the patch again"
@@ -175,9 +175,22 @@ class _Exact:
     def decode(self, parts: Parts, start: int, stop: int, base: Tensor, out: Tensor, buffers: Buffers) -> None:
         dtype = parts.spec.stored.type.torch
         assert dtype is not None
-        tuned = self.restore(parts, start, stop, base.to(dtype), buffers).view(dtype)
+        tuned = self.restore(parts, start, stop, as_dtype(base, dtype), buffers).view(dtype)
         out.copy_(tuned)
         out.sub_(base.to(out.dtype))
+
+
+def as_dtype(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """The base in the dtype of the tuned tensor, where they differ, as encoder and decoder both take it.
+
+    What that dtype cannot hold counts as zero: processors and versions disagree on what becomes of it.
+    """
+    if base.dtype == dtype:
+        return base
+    converted = base.to(dtype)
+    wide = base if base.element_size() > 1 else base.float()
+    bits(converted).masked_fill_(~(wide.abs() < BY_TORCH[dtype].limit), 0)
+    return converted
 
 
 def _table_shape(spec: TensorSpec) -> tuple[int, int]:

@@ -14,15 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightlab.encodings._base import Buffers, DeltaReader, Expected, Parts, Plan, Spool, Tile, part_specs
+from weightlab.encodings._base import (
+    Buffers,
+    DeltaReader,
+    Expected,
+    Parts,
+    Plan,
+    Spool,
+    Tile,
+    part_specs,
+    require_finite,
+)
 from weightlab.encodings.dense import STORED, parse_dtype, rounded, stored_dtype
 from weightlab.errors import UsageError
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import DTYPES, TensorSpec
 from weightlab.tensors.tiles import rectangles
 
 _USAGE = "write low_rank:RANK or low_rank:energy:SHARE, and a dtype after it if wanted: low_rank:16:bf16"
 _RANDOMISED_FROM = 1024  # smaller matrices are decomposed in full
-_OVERSAMPLE = 10
+_OVERSAMPLE, _POWER_ITERATIONS = 10, 4
 _ONE_MATRIX = threading.Lock()  # a factorisation holds several copies of its matrix: one at a time
 
 
@@ -55,8 +65,7 @@ class _LowRank:
     def accepts(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> bool:
         if len(spec.shape) < 2 or not spec.numel:
             return False
-        rank = int(parameters.get("rank", 1))
-        return rank * (spec.rows + spec.columns) < spec.numel
+        return _helps(spec, min(parameters.get("rank", 1), spec.rows, spec.columns), _dtype(spec, parameters))
 
     def expected(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> dict[str, Expected]:
         rank = parameters["rank"]
@@ -64,11 +73,14 @@ class _LowRank:
             raise ValueError(f"rank {rank}")
         return {"left": Expected(STORED, (spec.rows, rank)), "right": Expected(STORED, (rank, spec.columns))}
 
-    def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan:
-        spec = delta.spec
+    def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan | None:
+        spec, dtype = delta.spec, _dtype(delta.spec, parameters)
         with _ONE_MATRIX:
-            left, right = factorise(delta.matrix(), parameters.get("rank"), parameters.get("energy"))
-        dtype = stored_dtype(parameters.get("dtype", "fp32"), spec)
+            matrix = delta.matrix()
+            require_finite(torch.stack(torch.aminmax(matrix)), spec.name, "low_rank")
+            left, right = factorise(matrix, parameters.get("rank"), parameters.get("energy"))
+        if not _helps(spec, left.shape[1], dtype):  # known only now where the share of energy decides
+            return None
         left, right = rounded(left, dtype, spec.name), rounded(right, dtype, spec.name)
         spool.append("left", left.contiguous())
         spool.append("right", right.contiguous())
@@ -83,18 +95,28 @@ class _LowRank:
         _product(parts.whole("left"), parts.whole("right"), start, stop, parts.spec.columns, out)
 
 
+def _dtype(spec: TensorSpec, parameters: Mapping[str, Any]) -> str:
+    return stored_dtype(parameters.get("dtype", "fp32"), spec)
+
+
+def _helps(spec: TensorSpec, rank: int, dtype: str) -> bool:
+    """Whether factors of that rank take less room than the dense delta."""
+    factors = rank * (spec.rows + spec.columns) * DTYPES[dtype].itemsize
+    return factors < spec.numel * DTYPES[stored_dtype(None, spec)].itemsize
+
+
 def factorise(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """(left, right) whose product is the best approximation of `matrix` [m, n], of a rank or of a share of energy.
 
     Energy is the sum of squared singular values. The rank is at least 1, also for a matrix of zeros. A large matrix
-    and a small rank go through a randomised decomposition with four power iterations and a fixed seed.
+    and a small rank go through a randomised decomposition with a fixed seed.
     """
     smaller = min(matrix.shape)
+    low, high = (float(v) for v in torch.aminmax(matrix))
+    size = max(-low, high) or 1.0  # squares of very large or small elements would leave the range of fp32
+    matrix = matrix / size
     if rank is not None and smaller >= _RANDOMISED_FROM and (rank + _OVERSAMPLE) * 4 < smaller:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLE, niter=4)
-        vt = v.T
+        u, s, vt = _leading(matrix, rank + _OVERSAMPLE)
     else:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
@@ -103,7 +125,18 @@ def factorise(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[T
     else:
         kept = rank
     kept = max(1, min(kept, smaller))
-    return u[:, :kept] * s[:kept], vt[:kept]
+    return u[:, :kept].double() * s[:kept] * size, vt[:kept]
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` leading singular triplets, nearly: randomised subspace iteration (arXiv 0909.4061, algorithm 4.4)."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vt
 
 
 def _product(left: Tensor, right: Tensor, start: int, stop: int, columns: int, out: Tensor) -> None:

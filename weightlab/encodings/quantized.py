@@ -14,11 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightlab.encodings._base import Buffers, DeltaReader, Expected, Parts, Plan, Spool, Tile, part_specs, per_row
+from weightlab.encodings._base import (
+    Buffers,
+    DeltaReader,
+    Expected,
+    Parts,
+    Plan,
+    Spool,
+    Tile,
+    as_scales,
+    part_specs,
+    per_row,
+    row_blocks,
+)
 from weightlab.encodings._packing import pack, packed_bytes, unpack
-from weightlab.errors import IntegrityError, RangeError, UsageError
-from weightlab.tensors.spec import TensorSpec
-from weightlab.tensors.tiles import rectangles
+from weightlab.encodings.dense import stored_dtype
+from weightlab.errors import IntegrityError, UsageError
+from weightlab.tensors.spec import DTYPES, TensorSpec
 
 _LEVELS = ("linear", "log", "tanh")
 _SCOPES = ("tensor", "channel")
@@ -41,7 +53,9 @@ class _Quantized:
         return {"bits": int(words[0]), "levels": (levels or ["linear"])[0], "scope": (scopes or ["tensor"])[0]}
 
     def accepts(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> bool:
-        return True
+        parts = self.expected(spec, parameters).values()
+        size = sum(math.prod(d or 0 for d in part.shape) * DTYPES[part.dtypes[0]].itemsize for part in parts)
+        return size < spec.numel * DTYPES[stored_dtype(None, spec)].itemsize
 
     def expected(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> dict[str, Expected]:
         bits, levels, scope = parameters["bits"], parameters["levels"], parameters["scope"]
@@ -55,16 +69,17 @@ class _Quantized:
 
     def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan:
         spec, bits = delta.spec, int(parameters["bits"])
-        rows = spec.rows if parameters["scope"] == "channel" else 1
-        low, high = _ranges(delta, rows)
+        low, high = _ranges(delta, spec.rows if parameters["scope"] == "channel" else 1)
         kept = {"bits": bits, "levels": parameters["levels"], "scope": parameters["scope"]}
         if parameters["levels"] == "linear":
             top = 2**bits - 1
-            step = (high - low) / top
-            zero = torch.where(step > 0, torch.round(-low / step.clamp_min(1e-45)), 0.0).clamp(0, top)
+            step = as_scales((high - low) / top, spec.name, "quantized")
+            zero = torch.where(step > 0, torch.round(-low / step), 0.0).clamp(0, top)
+            # The outermost levels lie up to half a step beyond the range, and may not lie beyond fp32.
+            as_scales(torch.maximum(zero, top - zero) * step, spec.name, "quantized")
             small = {"step": step, "zero": zero.to(torch.uint8)}
         else:
-            scale = torch.maximum(-low, high)
+            scale = as_scales(torch.maximum(-low, high), spec.name, "quantized")
             largest = float(scale.max()) if scale.numel() else 0.0
             small = {"scale": scale, "book": _book(parameters["levels"], bits, largest)}
         parts = part_specs(
@@ -115,21 +130,13 @@ def _values(
 
 
 def _ranges(delta: DeltaReader, rows: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest element of each row (or of the tensor, rows = 1), zero included; fp32."""
-    low, high = torch.zeros(rows), torch.zeros(rows)
+    """Smallest and largest element of each row (or of the tensor, rows = 1), zero included; fp64."""
+    low, high = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+    columns = delta.spec.columns if rows > 1 else delta.spec.numel
     for start, stop, values in delta.tiles():
-        if rows == 1:
-            low[0], high[0] = torch.minimum(low[0], values.min()), torch.maximum(high[0], values.max())
-            continue
-        columns, done = delta.spec.columns, 0
-        for first, last, left, right in rectangles(start, stop, columns):
-            size = (last - first) * (right - left)
-            block = values[done : done + size].reshape(last - first, right - left)
+        for first, last, block in row_blocks(values, start, stop, columns):
             low[first:last] = torch.minimum(low[first:last], block.amin(1))
             high[first:last] = torch.maximum(high[first:last], block.amax(1))
-            done += size
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise RangeError(f"{delta.spec.name}: its delta does not fit fp32", "exclude it or store it exact")
     return low, high
 
 

@@ -20,12 +20,13 @@ from weightlab.encodings._base import (
     Plan,
     Spool,
     Tile,
+    as_scales,
     no_arguments,
     part_specs,
     per_row,
+    row_blocks,
 )
 from weightlab.tensors.spec import TensorSpec
-from weightlab.tensors.tiles import rectangles
 
 
 class _Sign:
@@ -45,13 +46,9 @@ class _Sign:
         spec = delta.spec
         sums = torch.zeros(spec.rows, dtype=torch.float64)
         for start, stop, values in delta.tiles():
-            done = 0
-            for first, last, left, right in rectangles(start, stop, spec.columns):
-                size = (last - first) * (right - left)
-                block = values[done : done + size].reshape(last - first, right - left)
+            for first, last, block in row_blocks(values, start, stop, spec.columns):
                 sums[first:last] += block.abs().sum(1, dtype=torch.float64)
-                done += size
-        scale = (sums / max(spec.columns, 1)).to(torch.float32)
+        scale = as_scales(sums / max(spec.columns, 1), spec.name, "sign")
         parts = part_specs(signs=("U8", (-(-spec.numel // 8),)), scale=("F32", (spec.rows,)))
         return Plan(parts, {}, small={"scale": scale})
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from weightlab.encodings._base import Buffers, DeltaReader, Expected, Parts, Plan, Spool, Tile, part_specs
 from weightlab.encodings.dense import STORED, rounded, stored_dtype
-from weightlab.errors import IntegrityError, UsageError
+from weightlab.errors import IntegrityError, RangeError, UsageError
 from weightlab.tensors.arithmetic import bits
 from weightlab.tensors.spec import TensorSpec
 
 _BLOCK = 2**16
 _CHOICES = ("magnitude", "random")
 _USAGE = "write sparse:SHARE[:magnitude|random[:SEED]], SHARE over 0 and up to 1"
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class _Sparse:
@@ -66,8 +68,7 @@ class _Sparse:
                 places = chooser.places(start + begin, block)
                 counts.append(len(places))
                 spool.append("places", torch.from_numpy(places.astype(np.uint16)))
-                chosen = block[torch.from_numpy(places)]
-                spool.append("values", rounded(chosen * chooser.factor, dtype, spec.name))
+                spool.append("values", _rescaled(block[torch.from_numpy(places)], chooser.factor, dtype, spec.name))
         parts = part_specs(places=("U16", (keep,)), values=(dtype, (keep,)), counts=("U32", (len(counts),)))
         table = torch.from_numpy(np.asarray(counts, dtype=np.uint32))
         return Plan(parts, dict(parameters), small={"counts": table}, spooled=True)
@@ -77,11 +78,11 @@ class _Sparse:
 
     def decode(self, parts: Parts, start: int, stop: int, base: Tensor, out: Tensor, buffers: Buffers) -> None:
         ends = parts.cached("ends", lambda: np.cumsum(parts.whole("counts").numpy().astype(np.int64)))
-        if len(ends) and int(ends[-1]) != parts.numel("places"):
-            raise IntegrityError(f"{parts.spec.name}: its counts and places disagree", "get the patch again")
+        total = int(ends[-1]) if len(ends) else 0
+        if not total == parts.numel("places") == parts.numel("values"):
+            raise IntegrityError(f"{parts.spec.name}: its counts, places and values disagree", "get the patch again")
         out.zero_()
-        first = start // _BLOCK
-        last = -(-stop // _BLOCK)
+        first, last = start // _BLOCK, -(-stop // _BLOCK)
         begin, end = int(ends[first - 1]) if first else 0, int(ends[last - 1])
         places = parts.read("places", begin, end, buffers).numpy().astype(np.int64)
         values = parts.read("values", begin, end, buffers)
@@ -92,29 +93,38 @@ class _Sparse:
         out[torch.from_numpy(places)] = values.to(out.dtype)
 
 
+def _rescaled(chosen: Tensor, factor: float, dtype: str, name: str) -> Tensor:
+    product = chosen * factor if factor != 1.0 else chosen
+    if bool((torch.isfinite(chosen) & ~torch.isfinite(product)).any()):
+        raise RangeError(
+            "the delta is too large to be rescaled", "keep a larger share, or store it dense", [f"{name}: × {factor:g}"]
+        )
+    return rounded(product, dtype, name)
+
+
 class _Largest:
     """The `keep` elements of largest magnitude; of equals at the limit, the first ones.
 
-    The limit is found exactly, without a sort, from two histograms of the magnitudes' fp32 bit pattern: upper half,
-    then the lower half of those in the deciding bucket.
+    The limit is found exactly, without a sort, from histograms of the magnitudes' bit pattern, 16 bits at a time from
+    the top: each pass looks at those elements only that share the upper bits of the limit.
     """
 
     factor = 1.0
 
     def __init__(self, delta: DeltaReader, keep: int) -> None:
-        upper = np.zeros(2**16, dtype=np.int64)
-        for _, _, values in delta.tiles():
-            upper += np.bincount(_pattern(values) >> 16, minlength=2**16)
-        bucket, above = _bucket(upper, keep)
-        lower = np.zeros(2**16, dtype=np.int64)
-        for _, _, values in delta.tiles():
-            pattern = _pattern(values)
-            lower += np.bincount(pattern[pattern >> 16 == bucket] & 0xFFFF, minlength=2**16)
-        rest, above_in_bucket = _bucket(lower, keep - above)
-        self.limit = bucket << 16 | rest
-        self.equals = keep - above - above_in_bucket
+        self.limit, self.equals = 0, keep
+        width = 64 if delta.compute == torch.float64 else 32
+        for shift in range(width - 16, -1, -16):
+            histogram = np.zeros(2**16, dtype=np.int64)
+            for _, _, values in delta.tiles():
+                pattern = _pattern(values)
+                if shift + 16 < width:
+                    pattern = pattern[pattern >> (shift + 16) == self.limit]
+                histogram += np.bincount((pattern >> shift) & 0xFFFF, minlength=2**16)
+            bucket, above = _bucket(histogram, self.equals)
+            self.limit, self.equals = self.limit << 16 | bucket, self.equals - above
 
-    def places(self, start: int, block: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def places(self, start: int, block: Tensor) -> Places:
         pattern = _pattern(block)
         chosen = pattern > self.limit
         equal = np.flatnonzero(pattern == self.limit)[: self.equals]
@@ -126,32 +136,37 @@ class _Largest:
 class _Random:
     """`keep` elements, spread evenly over the blocks and chosen at random within each.
 
+    Where the share of a block is no whole number, a random offset, one for the whole tensor, decides whether it is
+    rounded up: every element is chosen with the probability keep / numel, so the rescaled delta is unbiased.
     The choice depends on the seed, the tensor's name and the block alone, so it is the same however many threads run.
     """
 
     def __init__(self, spec: TensorSpec, keep: int, seed: int) -> None:
         self.name, self.numel, self.keep, self.seed = spec.name, spec.numel, keep, seed
         self.factor = spec.numel / keep if keep else 1.0
+        self.offset = int(self._generator("offset").integers(max(spec.numel, 1)))
 
-    def places(self, start: int, block: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-        stop = start + block.numel()
-        count = self.keep * stop // self.numel - self.keep * start // self.numel
-        key = blake3(f"weightlab sparse {self.seed} {start} {self.name}".encode()).digest(length=16)
-        generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype="<u8")))
-        return np.sort(generator.choice(block.numel(), size=count, replace=False, shuffle=False)).astype(np.int64)
+    def _generator(self, purpose: str) -> np.random.Generator:
+        key = blake3(f"weightlab sparse {self.seed} {purpose} {self.name}".encode()).digest(length=16)
+        return np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype="<u8")))
+
+    def places(self, start: int, block: Tensor) -> Places:
+        before, after = ((self.keep * place + self.offset) // self.numel for place in (start, start + block.numel()))
+        generator = self._generator(str(start))
+        chosen = generator.choice(block.numel(), size=after - before, replace=False, shuffle=False)
+        return np.sort(chosen).astype(np.int64)
 
 
-def _pattern(values: Tensor) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The fp32 bit patterns of the magnitudes: ordered as the magnitudes are."""
-    pattern: np.ndarray[Any, np.dtype[np.int32]] = bits(values.to(torch.float32).abs()).numpy()
+def _pattern(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """The bit patterns of the magnitudes, int32 or int64: ordered as the magnitudes are."""
+    pattern: np.ndarray[Any, np.dtype[Any]] = bits(values.abs()).numpy()
     return pattern
 
 
 def _bucket(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:
     """The bucket with the rank-th largest element (rank from 1), and how many elements are in higher ones."""
     from_top = np.cumsum(histogram[::-1])
-    position = int(np.searchsorted(from_top, rank))
-    position = min(position, len(histogram) - 1)
+    position = min(int(np.searchsorted(from_top, rank)), len(histogram) - 1)
     return len(histogram) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
