@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from weightlab.encodings import LosslessEncoding
+from weightlab.encodings.exact import as_dtype
 from weightlab.errors import IntegrityError, NonFiniteError, RangeError, WrongBaseError
 from weightlab.files.digest import tensor_hasher
 from weightlab.patches.fit import Target
@@ -81,8 +82,7 @@ def compute_tile(
     if target.mode in ("restore", "add"):
         term = target.terms[0]
         encoding = cast(LosslessEncoding, term.patch.encoding(term.name))
-        if base.dtype != result_type:
-            base = base.to(result_type)
+        base = as_dtype(base, result_type)
         return encoding.restore(term.parts, start, stop, base, workspace).view(torch.uint8)
     terms = [t for t in target.terms if round_scale(t.scale) != 0.0]
     if not terms:
@@ -159,7 +159,7 @@ def check_bases(source: Source, targets: Iterable[Target], resources: Resources)
     for name, target in needed.items():
         for term in target.terms:
             expected = term.record.base_digest
-            if term.patch.encoding(term.name).lossless and round_scale(term.scale) != 0.0 and expected != digests[name]:
+            if term.patch.lossless(term.name) and round_scale(term.scale) != 0.0 and expected != digests[name]:
                 wrong.append(f"{name}: {term.patch.label} is for {expected}, here is {digests[name]}")
     if wrong:
         raise WrongBaseError(

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightlab.errors import MalformedFileError
 from weightlab.files.container import strict_json
+from weightlab.tensors.match import extends_rows
 from weightlab.tensors.spec import DTYPES, TensorSpec
 
 SCHEMA = 1
 KEY = "weightlab"
 FEATURES = frozenset({"added", "dtype", "removed", "rows"})
 """What a patch may do beyond changing values in place; a patch names those that it uses in `requires`."""
+REMOVED = "removed"
+"""The encoding of a tensor that the patch takes away."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["diff", "signature", "shared", "exclusive", "composed"]
@@ -50,7 +53,7 @@ class Record(_Strict):
     `dtype` and `shape` are those of the result; `base_dtype` and `base_shape` are given where the base differs.
     `base_digest` is null for an added tensor and where the base is not known; `result_digest` is set where the result
     is exact.
-    `encoding` "removed" takes the tensor away and has no parts.
+    `encoding` "removed" takes the tensor away and has no parts; dtype, shape and digest are then what it has before.
     """
 
     encoding: str
@@ -75,6 +78,35 @@ class Record(_Strict):
             return None
         shape = self.base_shape if self.base_shape is not None else self.shape
         return TensorSpec(name, self.base_dtype or self.dtype, tuple(shape))
+
+    def features(self) -> set[str]:
+        """Which of `FEATURES` it uses."""
+        used = {
+            "added": self.added,
+            "removed": self.encoding == REMOVED,
+            "rows": self.base_shape is not None,
+            "dtype": self.base_dtype is not None,
+        }
+        return {feature for feature, uses in used.items() if uses}
+
+    def problems(self, name: str) -> list[str]:
+        """What makes no sense in it, whatever the encoding."""
+        unknown = [f"unknown dtype {d!r}" for d in (self.dtype, self.base_dtype) if d is not None and d not in DTYPES]
+        if unknown:
+            return unknown
+        problems: list[str] = []
+        spec, before = self.spec(name), self.base_spec(name)
+        if self.added and (self.base_shape is not None or self.base_dtype is not None or self.base_digest is not None):
+            problems.append("is added and has a base")
+        if self.encoding == REMOVED and (
+            self.parts or self.features() != {"removed"} or self.result_digest is not None
+        ):
+            problems.append("is removed and has a result")
+        if before is not None and before.dtype != spec.dtype and not (before.is_float and spec.is_float):
+            problems.append(f"cannot become {spec.dtype} from {before.dtype}")
+        if before is not None and before.shape != spec.shape and not extends_rows(before, spec):
+            problems.append(f"cannot become {list(spec.shape)} from {list(before.shape)}")
+        return problems
 
 
 class Method(_Strict):
@@ -105,17 +137,15 @@ class Created(_Strict):
 
 
 class Shard(_Strict):
-    """Which file of a sharded patch this is; `id` is the whole patch's."""
+    """Which file of a sharded patch this is, from 0; `id` is the whole patch's."""
 
-    index: int
-    count: int
+    index: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=2)]
     id: Digest
 
 
 class PatchHeader(_Strict):
     """Everything about a patch but its bytes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
 
     schema_version: int = Field(alias="schema")
     requires: list[str] = []
@@ -123,7 +153,7 @@ class PatchHeader(_Strict):
     method: Method
     base: Base
     result: Result | None = None
-    scale: float = 1.0
+    scale: Annotated[float, Field(gt=-DTYPES["F32"].limit, lt=DTYPES["F32"].limit)] = 1.0
     tensors: dict[str, Record]
     aux: dict[str, Aux] = {}
     license: str | None = None
@@ -152,6 +182,11 @@ class PatchHeader(_Strict):
 def canonical(tree: Mapping[str, Any]) -> str:
     """JSON in one form only."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def features_of(records: Mapping[str, Record]) -> set[str]:
+    """Which of `FEATURES` a patch uses."""
+    return set[str]().union(*(record.features() for record in records.values()))
 
 
 def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
@@ -186,12 +221,9 @@ def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
         raise MalformedFileError(
             f"{where}: needs features that this version does not know", "update weightlab", unknown
         )
-    wrong = [
-        f"{name}: unknown dtype {dtype!r}"
-        for name, record in header.tensors.items()
-        for dtype in (record.dtype, record.base_dtype)
-        if dtype is not None and dtype not in DTYPES
-    ]
+    wrong = [f"{name}: {problem}" for name, record in header.tensors.items() for problem in record.problems(name)]
+    unsaid = sorted(features_of(header.tensors) - set(header.requires))
+    wrong += [f"uses {feature!r} and does not list it in requires" for feature in unsaid]
     if wrong:
         raise MalformedFileError(f"{where}: its patch header breaks the format", "get the file again", wrong)
     return header

@@ -28,8 +28,12 @@ class StoredTensor:
     fixed: dict[str, TensorSpec] = field(default_factory=dict)
     growing: tuple[str, int] | None = None
 
+    def least_bytes(self) -> int:
+        """Without the part that grows."""
+        return sum(s.nbytes for s in self.fixed.values())
+
     def most_bytes(self) -> int:
-        return sum(s.nbytes for s in self.fixed.values()) + (self.growing[1] if self.growing else 0)
+        return self.least_bytes() + (self.growing[1] if self.growing else 0)
 
 
 def split(tensors: Mapping[str, StoredTensor], *, sharded: bool, shard_bytes: int = SHARD_BYTES) -> list[list[str]]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightlab.encodings import ENCODINGS, Encoding
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, UsageError
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file, atomic_folder
-from weightlab.files.container import Header, read_header, strict_json
-from weightlab.patches.header import KEY, PatchHeader, Record, parse_header
-from weightlab.patches.layout import INDEX_NAME
+from weightlab.files.container import read_header
+from weightlab.patches.header import KEY, REMOVED, PatchHeader, Record, parse_header
+from weightlab.patches.layout import INDEX_NAME, shard_name
+from weightlab.patches.opening import check_entries, files_of, joined
 from weightlab.patches.parts import Extent, StoredParts
+from weightlab.patches.saving import copy_files
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import DTYPES
 
 
 class _Files:
@@ -28,12 +29,15 @@ class _Files:
 
     def __init__(self, paths: Mapping[str, Path], temporary: Path | None = None) -> None:
         self.paths = dict(paths)
-        self.descriptors = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items()}
-        weakref.finalize(self, _close, list(self.descriptors.values()), temporary)
+        self.descriptors: dict[str, int] = {}
+        weakref.finalize(self, _close, self.descriptors, temporary)
+        for name, path in paths.items():
+            with disk.storage_errors(path):
+                self.descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _close(descriptors: list[int], temporary: Path | None) -> None:
-    for fd in descriptors:
+def _close(descriptors: Mapping[str, int], temporary: Path | None) -> None:
+    for fd in descriptors.values():
         os.close(fd)
     if temporary is not None:
         shutil.rmtree(temporary, ignore_errors=True)  # a temporary folder at exit: nothing to lose
@@ -43,18 +47,20 @@ def _close(descriptors: list[int], temporary: Path | None) -> None:
 class Patch:
     """A patch and the scale it is to be used with. `0.5 * patch`, `-patch` give one with another scale.
 
+    Two are equal when id and scale are.
+
     Attributes:
         path: the file or folder; None while it lies in temporary storage only.
         header: see `PatchHeader`; its `scale` is the default, `scale` here the one in force.
         id: the patch's identity, whatever files it lies in.
     """
 
-    path: Path | None
-    header: PatchHeader
+    path: Path | None = field(compare=False)
+    header: PatchHeader = field(compare=False)
     id: str
     scale: float
-    _files: _Files
-    _extents: Mapping[str, Extent]
+    _files: _Files = field(compare=False)
+    _extents: Mapping[str, Extent] = field(compare=False)
 
     @property
     def label(self) -> str:
@@ -70,7 +76,11 @@ class Patch:
         return self.header.tensors
 
     def __mul__(self, factor: float) -> Patch:
-        return replace(self, scale=self.scale * float(factor))
+        try:
+            number = float(factor)
+        except TypeError:
+            return NotImplemented
+        return self.at(self.scale * number)
 
     __rmul__ = __mul__
 
@@ -78,7 +88,13 @@ class Patch:
         return self * -1.0
 
     def at(self, scale: float) -> Patch:
-        """The same patch with that scale, whatever it had."""
+        """The same patch with that scale, whatever it had.
+
+        Raises:
+            UsageError: it is no finite number of fp32, in which scales are used.
+        """
+        if not abs(scale) < DTYPES["F32"].limit:
+            raise UsageError(f"{self.label} at scale {scale:g}", "give a finite number as the scale")
         return replace(self, scale=float(scale))
 
     @property
@@ -87,7 +103,12 @@ class Patch:
         return round_scale(self.scale)
 
     def encoding(self, name: str) -> Encoding:
+        """How a tensor is stored; none is asked for of one that the patch removes."""
         return ENCODINGS.get(self.records[name].encoding)
+
+    def lossless(self, name: str) -> bool:
+        """Whether a tensor is stored bit for bit, so that its change is defined on its very base only."""
+        return self.records[name].encoding != REMOVED and self.encoding(name).lossless
 
     def parts(self, name: str) -> StoredParts:
         """The stored parts of a tensor; a new object with an empty cache."""
@@ -128,24 +149,31 @@ class Patch:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Patch:
         """Copies the patch to a file (`NAME.safetensors`) or a folder (any other name), whole or not at all.
 
-        The scale is not saved with it: it belongs to the use of a patch. Write a patch with another default scale
-        with `weightlab.compose`.
+        The scale in force becomes the default scale of the copy; where that differs, so does its id.
+
+        Args:
+            overwrite: replace a file that is there; a folder is never replaced.
 
         Returns:
             the patch at its new place.
+
+        Raises:
+            UsageError: it is sharded and `path` is one file.
+            NotPatchableError: something is there already.
         """
         target = Path(path)
-        files = self.files
+        sources = list(self.files.values())
         if target.name.endswith(".safetensors"):
-            if len(files) > 1:
+            if len(sources) > 1:
                 raise UsageError(f"{self.label} is sharded", "give a folder's name, without .safetensors")
             with atomic_file(target, overwrite=overwrite) as temporary:
-                _copy(next(iter(files.values())), temporary)
+                copy_files({sources[0]: temporary}, self.header, self.scale)
         else:
             with atomic_folder(target) as folder:
-                for name, source in files.items():
-                    _copy(source, folder / (name if len(files) > 1 else "patch.safetensors"))
-        return open_patch(target).at(self.scale)
+                names = [s.name for s in sources] if len(sources) > 1 else [shard_name(0, 1)]
+                places = {s: folder / n for s, n in zip(sources, names, strict=True)}
+                copy_files(places, self.header, self.scale)
+        return open_patch(target)
 
     def summary(self) -> list[dict[str, object]]:
         """One row a tensor: name, encoding, shape, stored bytes, recorded errors."""
@@ -166,19 +194,10 @@ class Patch:
         return f"Patch({self.label!r}, {self.header.kind}, {len(self.records)} tensors, scale {self.scale:g})"
 
 
-def _copy(source: Path, target: Path) -> None:
-    fd = disk.create(target)
-    try:
-        with source.open("rb") as opened:
-            disk.copy_range(opened.fileno(), 0, fd, 0, os.fstat(opened.fileno()).st_size, target)
-    finally:
-        os.close(fd)
-
-
 def is_patch(path: Path) -> bool:
     """Whether a path holds a weightlab patch; looks at names and at one header, raises nothing for other files."""
     try:
-        files = _files_of(path)
+        files, _ = files_of(path)
         return KEY in read_header(next(iter(files.values()))).metadata
     except (MissingInputError, MalformedFileError):
         return False
@@ -196,96 +215,14 @@ def open_patch(path: str | os.PathLike[str], *, temporary: bool = False) -> Patc
         IntegrityError: its files do not belong together.
     """
     place = Path(path)
-    paths = _files_of(place)
-    headers = {name: read_header(p) for name, p in paths.items() if name != INDEX_NAME}
-    header = _joined(place, {n: parse_header(h.metadata, str(paths[n])) for n, h in headers.items()})
-    _check_entries(place, header, headers)
+    paths, index = files_of(place)
+    headers = {name: read_header(p) for name, p in paths.items() if name != INDEX_NAME or index is None}
+    header, identity = joined(place, {n: parse_header(h.metadata, str(paths[n])) for n, h in headers.items()})
+    check_entries(place, header, headers, index)
     files = _Files(paths, place if temporary else None)
     extents = {
-        entry: Extent(files.descriptors[file], paths[file], e.offset, TensorSpec(entry, e.spec.dtype, e.spec.shape))
+        entry: Extent(files.descriptors[file], paths[file], e.offset, e.spec)
         for file, h in headers.items()
         for entry, e in h.entries.items()
     }
-    return Patch(None if temporary else place, header, header.id(), header.scale, files, extents)
-
-
-def _files_of(place: Path) -> dict[str, Path]:
-    if place.is_file():
-        return {place.name: place}
-    if not place.is_dir():
-        raise MissingInputError(f"{place}: no such patch", "check the path")
-    index = place / INDEX_NAME
-    if not index.is_file():
-        single = place / "patch.safetensors"
-        if not single.is_file():
-            raise MissingInputError(f"{place}: holds no patch.safetensors", "check the path")
-        return {single.name: single}
-    try:
-        names = sorted(set(strict_json(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MalformedFileError(f"{index}: not the index of a patch", "get the patch again") from error
-    if not all(isinstance(n, str) and Path(n).name == n for n in names):
-        raise MalformedFileError(f"{index}: points outside its folder", "do not use this file")
-    missing = [n for n in names if not (place / n).is_file()]
-    if missing:
-        raise MissingInputError(f"{place}: {len(missing)} of {len(names)} files are missing", "get them", missing)
-    return {n: place / n for n in names} | {INDEX_NAME: index}
-
-
-def _joined(place: Path, headers: Mapping[str, PatchHeader]) -> PatchHeader:
-    first = next(iter(headers.values()))
-    if first.shard is None and len(headers) == 1:
-        return first
-    shards = {h.shard for h in headers.values()}
-    tensors: dict[str, Record] = {}
-    for file, header in sorted(headers.items()):
-        twice = tensors.keys() & header.tensors.keys()
-        if twice:
-            raise IntegrityError(f"{place}: tensors in two shards", "get the patch again", sorted(twice))
-        tensors.update(header.tensors)
-        shard = header.shard
-        if shard is None or shard.count != len(headers):
-            raise IntegrityError(f"{place}: {file} is not one of {len(headers)} shards", "get the patch again")
-    joined = first.model_copy(update={"tensors": tensors, "shard": None})
-    ids = {s.id for s in shards if s is not None}
-    if ids != {joined.id()} or len({s.index for s in shards if s is not None}) != len(headers):
-        raise IntegrityError(f"{place}: its shards are not those of one patch", "get the patch again", sorted(ids))
-    return joined
-
-
-def _check_entries(place: Path, header: PatchHeader, files: Mapping[str, Header]) -> None:
-    found = {entry: e.spec for h in files.values() for entry, e in h.entries.items()}
-    listed = [p.entry for r in header.tensors.values() for p in r.parts.values()]
-    wrong = (
-        [f"{entry}: listed twice" for entry in sorted({e for e in listed if listed.count(e) > 1})]
-        if len(set(listed)) != len(listed)
-        else []
-    )
-    wrong += [f"{entry}: listed and not there" for entry in listed if entry not in found]
-    wrong += [f"{entry}: there and not listed" for entry in sorted(found.keys() - set(listed))]
-    for name, record in header.tensors.items():
-        if record.encoding == "removed":
-            wrong += [f"{name}: removed and has parts"] if record.parts else []
-            continue
-        parts = {part: found[p.entry] for part, p in record.parts.items() if p.entry in found}
-        if len(parts) == len(record.parts):
-            wrong += [f"{name}: {problem}" for problem in _part_problems(place, name, record, parts)]
-    if wrong:
-        raise MalformedFileError(f"{place}: its header and its parts disagree", "get the patch again", wrong)
-
-
-def _part_problems(place: Path, name: str, record: Record, parts: Mapping[str, TensorSpec]) -> list[str]:
-    try:
-        encoding = ENCODINGS.get(record.encoding)
-    except UsageError as error:
-        raise MalformedFileError(
-            f"{place}: {name} has an unknown encoding {record.encoding!r}", error.remedy
-        ) from error
-    try:
-        expected = encoding.expected(record.spec(name), record.parameters)
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"parameters {json.dumps(record.parameters)} make no sense ({error})"]
-    problems = [f"part {p!r} is missing" for p in expected if p not in parts]
-    problems += [f"part {p!r} is unknown" for p in parts if p not in expected]
-    problems += [f"part {p!r} {e}" for p in parts if p in expected and (e := expected[p].problem(parts[p]))]
-    return problems
+    return Patch(None if temporary else place, header, identity, header.scale, files, extents)

@@ -113,12 +113,14 @@ class PatchWriter:
                     "give the output a name without .safetensors, so that it becomes a folder of shards",
                 )
 
-    def most_bytes(self) -> int:
-        """Upper bound of what will be written."""
-        return sum(f.header_bytes for f in self._files) + sum(t.most_bytes() for t in self._tensors.values())
+    def require_room(self) -> None:
+        """Checks that what is certain to be written has room; what is compressed may turn out smaller than feared.
 
-    def largest_file(self) -> int:
-        return max(f.header_bytes + sum(self._tensors[n].most_bytes() for n in f.names) for f in self._files)
+        Raises:
+            StorageError: it has not.
+        """
+        sizes = [f.header_bytes + sum(self._tensors[n].least_bytes() for n in f.names) for f in self._files]
+        disk.require_room(self._files[0].path.parent, sum(sizes), max(sizes))
 
     def begin(self) -> None:
         """Makes the files."""
