@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from weightlab.encodings import Tile
-from weightlab.errors import NonFiniteError
+from weightlab.encodings.exact import as_dtype
+from weightlab.errors import NonFiniteError, RangeError
 from weightlab.sources import Source
-from weightlab.stream.executor import Workspace
+from weightlab.stream.executor import Resources, Workspace
 from weightlab.tensors.arithmetic import is_finite
 from weightlab.tensors.spec import TensorSpec, compute_dtype
 from weightlab.tensors.tiles import tiles
@@ -20,7 +21,7 @@ class TensorPair:
     """A tensor in both checkpoints.
 
     Attributes:
-        base_spec: None for an added tensor.
+        base: None for an added tensor, as is base_spec.
         spec: of what the patch will be put on: the base's dtype and the tuned shape; for a lossless encoding, or an
             added tensor, the tuned one's own spec.
         tuned_spec: of the tuned tensor.
@@ -28,8 +29,7 @@ class TensorPair:
 
     def __init__(
         self,
-        base: Source,
-        base_name: str | None,
+        base: Source | None,
         tuned: Source,
         name: str,
         *,
@@ -38,18 +38,18 @@ class TensorPair:
         allow_nonfinite: bool,
     ) -> None:
         self.base, self.tuned, self.name = base, tuned, name
-        self.tuned_spec = tuned.specs[tuned.aliases.get(name, name)]
-        self.base_spec = base.specs[base_name] if base_name is not None else None
+        self.tuned_spec = tuned.specs[name]
+        self.base_spec = None if base is None else base.specs[name]
         dtype = self.tuned_spec.dtype if lossless or self.base_spec is None else self.base_spec.dtype
         self.spec = TensorSpec(name, dtype, self.tuned_spec.shape)
-        self.opaque = opaque
+        self.lossless, self.opaque = lossless, opaque
         self.allow_nonfinite = allow_nonfinite
         self.compute = compute_dtype(self.tuned_spec, *([self.base_spec] if self.base_spec else []))
 
     def raw(self, start: int, stop: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """(base bytes, tuned bytes) of an element range, as stored; the base's part may be shorter or empty."""
         tuned = self._read(self.tuned, self.tuned_spec, start, stop, "tuned", workspace)
-        if self.base_spec is None:
+        if self.base is None or self.base_spec is None:
             return workspace.buffer("base", 0, torch.uint8), tuned
         return self._read(self.base, self.base_spec, start, stop, "base", workspace), tuned
 
@@ -67,6 +67,7 @@ class TensorPair:
 
         Raises:
             NonFiniteError: NaN or infinity in a float tensor, unless allowed; names the tensor and its checkpoints.
+            RangeError: the delta of finite values is beyond the compute dtype, and is what will be stored.
         """
         count = stop - start
         tuned_type = self.tuned_spec.stored.type.torch
@@ -79,13 +80,18 @@ class TensorPair:
         delta = workspace.buffer("delta", count, self.compute)
         delta.copy_(tuned)
         delta.sub_(base if base.dtype == delta.dtype else base.to(delta.dtype))
-        if not self.allow_nonfinite and not is_finite(delta):
-            sides = [s.label for s, t in ((self.base, base), (self.tuned, tuned)) if not is_finite(t)]
+        if not is_finite(delta):
+            self._check(base, tuned, delta)
+        return Tile(start, stop, as_dtype(base, tuned.dtype), tuned, delta)
+
+    def _check(self, base: Tensor, tuned: Tensor, delta: Tensor) -> None:
+        sides = [s.label for s, t in ((self.base, base), (self.tuned, tuned)) if s is not None and not is_finite(t)]
+        if sides and not self.allow_nonfinite:
             raise NonFiniteError("NaN or infinity in the weights", "", [f"{self.name} of {s}" for s in sides])
-        if base.dtype != tuned.dtype:
-            # Lossless storage is of the tuned bits, so the base is rounded to that dtype first.
-            base = base.to(tuned.dtype)
-        return Tile(start, stop, base, tuned, delta)
+        overflowed = torch.isfinite(base.to(delta.dtype)) & torch.isfinite(tuned.to(delta.dtype))
+        overflowed &= ~torch.isfinite(delta)
+        if not self.lossless and bool(overflowed.any()):
+            raise RangeError("the delta is too large", "store it exact", [f"{self.name}: beyond {delta.dtype}"])
 
 
 def _padded(values: Tensor, count: int, workspace: Workspace, dtype: torch.dtype) -> Tensor:
@@ -100,9 +106,9 @@ def _padded(values: Tensor, count: int, workspace: Workspace, dtype: torch.dtype
 class PairDelta:
     """The delta of a pair as an encoder's `prepare` reads it (see `encodings.DeltaReader`)."""
 
-    def __init__(self, pair: TensorPair, workspace: Workspace) -> None:
-        self.spec = pair.spec
-        self._pair, self._workspace = pair, workspace
+    def __init__(self, pair: TensorPair, workspace: Workspace, resources: Resources) -> None:
+        self.spec, self.compute = pair.spec, pair.compute
+        self._pair, self._workspace, self._resources = pair, workspace, resources
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         for start, stop in tiles(self.spec.stored.numel):
@@ -110,7 +116,8 @@ class PairDelta:
             yield start, stop, self._pair.tile(start, stop, base, tuned, self._workspace).delta
 
     def matrix(self) -> Tensor:
-        whole = torch.empty(self.spec.numel, dtype=self._pair.compute)
+        self._resources.require_matrix(self.spec.numel, self.spec.name)
+        whole = torch.empty(self.spec.numel, dtype=self.compute)
         for start, stop, delta in self.tiles():
             whole[start:stop] = delta
         return whole.reshape(self.spec.rows, self.spec.columns)

@@ -39,7 +39,11 @@ class Rules:
     """Encoding rules. The first pattern that matches a name wins; a rule without a pattern is for all that is left.
 
     Args:
-        rules: `"exact"`; or a mapping {glob: encoding}; or a list of `ENCODING` and `GLOB=ENCODING`. None: exact.
+        rules: `"dense"`; or a mapping {glob: encoding}; or a list of `ENCODING` and `GLOB=ENCODING`. What no rule is
+            for is stored exact.
+
+    Raises:
+        UsageError: an encoding that is not understood, or two for all tensors.
     """
 
     def __init__(self, rules: EncodeRules) -> None:
@@ -61,7 +65,6 @@ class Rules:
         self._rules = [(pattern, parse_choice(text)) for pattern, text in pairs]
         self._exact = parse_choice("exact")
         self._dense = parse_choice("dense")
-        self.text = dict(pairs)
 
     @property
     def any_lossless(self) -> bool:
@@ -70,25 +73,43 @@ class Rules:
 
     def check_used(self, names: Sequence[str]) -> None:
         """Raises:
-        UsageError: lists the patterns that match no tensor.
+        UsageError: lists the patterns that no tensor is stored by.
         """
-        idle = [p for p, _ in self._rules if p != "*" and not any(fnmatchcase(n, p) for n in names)]
+        used = {self._first(name)[0] for name in names}
+        idle = [pattern for pattern, _ in self._rules if pattern != "*" and pattern not in used]
         if idle:
-            raise UsageError("these --encode patterns match no tensor", "see the names with `weightlab inspect`", idle)
+            raise UsageError(
+                "these --encode patterns match no tensor, or none that an earlier one does not take",
+                "see the names with `weightlab inspect`",
+                idle,
+            )
 
-    def choose(self, spec: TensorSpec, *, opaque: bool, values: bool) -> Choice:
+    def choose(self, before: TensorSpec | None, after: TensorSpec, *, opaque: bool) -> Choice:
         """The encoding of one tensor.
 
+        A tensor that is added holds values and not a difference, so only exact will do. One that grows has values in
+        its new rows, which an approximation made for differences would spoil: dense instead.
+
         Args:
+            before, after: in the base (None for an added tensor) and in the tuned checkpoint.
             opaque: no sums are defined on it, so only exact will do.
-            values: it holds values and not a difference (an added tensor), so only exact will do.
         """
-        if opaque or values:
+        if opaque or before is None:
             return self._exact
-        choice = next(c for pattern, c in self._rules if fnmatchcase(spec.name, pattern))
-        if choice.encoding.accepts(spec, choice.parameters):
+        choice = self._first(after.name)[1]
+        if choice.encoding.lossless or choice.name == self._dense.name:
             return choice
-        return Choice("dense", self._dense.encoding, {}, fallback=choice.name)
+        spec = TensorSpec(after.name, before.dtype, after.shape)
+        if before.shape == after.shape and choice.encoding.accepts(spec, choice.parameters):
+            return choice
+        return self.dense_instead_of(choice)
+
+    def dense_instead_of(self, choice: Choice) -> Choice:
+        """Dense, for a tensor that another encoding does not suit."""
+        return Choice(self._dense.name, self._dense.encoding, {}, fallback=choice.name)
+
+    def _first(self, name: str) -> tuple[str, Choice]:
+        return next(rule for rule in self._rules if fnmatchcase(name, rule[0]))
 
 
 def _pair(text: str) -> tuple[str, str]:
