@@ -121,7 +121,8 @@ def factorise(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[T
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         share = torch.cumsum(s.double() ** 2, 0)
-        kept = int((share < share[-1] * (energy or 1.0)).sum()) + 1
+        noise = s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps  # smaller singular values are rounding errors
+        kept = min(int((share < share[-1] * (energy or 1.0)).sum()) + 1, int((s > noise).sum()))
     else:
         kept = rank
     kept = max(1, min(kept, smaller))
