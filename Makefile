@@ -1,35 +1,39 @@
-# `make demo` and `make test` set everything up by themselves the first time, and reuse it afterwards.
-# Needed: Python 3.10 or newer, pip, make.
+# `make demo` and `make test` set up everything that they need the first time, and reuse it afterwards.
+# The machine needs Python 3.10 or newer, pip and make; PYTHON=python3.12 chooses another one.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 WHEELS := .cache/wheels
-CHGNET := chgnet==0.4.2
 
 .PHONY: demo test lint clean
-
-# torch is asked for by its exact version before anything else: that gets the CPU build, not gigabytes of CUDA.
-$(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
-
-$(WHEELS)/chgnet: | $(VENV)/installed
-	mkdir -p $(WHEELS)
-	ls $(WHEELS)/chgnet-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download --quiet --no-deps -d $(WHEELS) $(CHGNET)
-	touch $@
 
 demo: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/weightlab demo --data $(WHEELS)
 
-test: lint
-	$(BIN)/python -m pytest -n 2
+test: lint $(WHEELS)/chgnet
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# torch comes first, alone and by its exact version: so pip takes a build for CPUs where one is offered beside the
+# large one for GPUs. (Some systems have Python's venv without the pip in it; pip then fills the environment from outside.)
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+# Two real checkpoints lie in this wheel. It is read, never installed, so any machine takes the one and same build of it.
+$(WHEELS)/chgnet: | $(VENV)/installed
+	$(PIP) download --no-deps --only-binary=:all: --python-version 3.11 --platform manylinux2014_x86_64 \
+	  -d $(WHEELS) chgnet==0.4.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
