@@ -153,14 +153,18 @@ def check_bases(source: Source, targets: Iterable[Target], resources: Resources)
     Raises:
         WrongBaseError: lists every tensor that is another, with both digests.
     """
-    needed = {t.spec.name: t for t in targets if t.mode != "add" and t.expected_digest is not None}
-    digests = digest_tensors(source, needed, resources)
-    wrong: list[str] = []
-    for name, target in needed.items():
-        for term in target.terms:
-            expected = term.record.base_digest
-            if term.patch.lossless(term.name) and round_scale(term.scale) != 0.0 and expected != digests[name]:
-                wrong.append(f"{name}: {term.patch.label} is for {expected}, here is {digests[name]}")
+    bound = [
+        (target.spec.name, term)
+        for target in targets
+        for term in target.terms
+        if target.mode != "add" and term.patch.lossless(term.name) and round_scale(term.scale) != 0.0
+    ]
+    digests = digest_tensors(source, {name for name, _ in bound}, resources)
+    wrong = [
+        f"{name}: {term.patch.label} is for {term.record.base_digest}, here is {digests[name]}"
+        for name, term in bound
+        if term.record.base_digest != digests[name]
+    ]
     if wrong:
         raise WrongBaseError(
             f"{source.label} is not the base of an exact patch: {len(wrong)} tensors differ",

@@ -36,15 +36,18 @@ class StoredTensor:
         return self.least_bytes() + (self.growing[1] if self.growing else 0)
 
 
-def split(tensors: Mapping[str, StoredTensor], *, sharded: bool, shard_bytes: int = SHARD_BYTES) -> list[list[str]]:
-    """Groups tensor names, in order, into files; one group when the output is to be a single file."""
+def split(tensors: Mapping[str, StoredTensor], *, sharded: bool) -> list[list[str]]:
+    """Groups tensor names, in order, into files of at most `SHARD_BYTES`, or of one tensor that is larger.
+
+    One group when the output is to be a single file. Compressed parts count as large as they can become.
+    """
     if not sharded:
         return [list(tensors)]
     groups: list[list[str]] = [[]]
     size = header = 0
     for name, stored in tensors.items():
         need, described = stored.most_bytes(), 600 + 4 * len(name) * (2 + len(stored.fixed))
-        if groups[-1] and (size + need > shard_bytes or header + described > HEADER_BYTES):
+        if groups[-1] and (size + need > SHARD_BYTES or header + described > HEADER_BYTES):
             groups.append([])
             size = header = 0
         groups[-1].append(name)

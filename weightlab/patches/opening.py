@@ -121,6 +121,8 @@ def _part_problems(name: str, record: Record, parts: Mapping[str, TensorSpec]) -
     if not encoding.lossless and (record.added or not record.spec(name).is_float):
         why = "it is added" if record.added else f"{record.dtype} has none"
         return [f"{record.encoding} holds differences, and {why}"]
+    if encoding.lossless and (record.result_digest is None or (record.base_digest is None and not record.added)):
+        return [f"{record.encoding}, and its digests are missing"]
     try:
         expected = encoding.expected(record.spec(name), record.parameters)
     except (ValueError, KeyError, TypeError) as error:
