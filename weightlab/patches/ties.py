@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from weightlab.sources import Source
+from weightlab.tensors.tiles import tiles
 
 _CHUNK = 2**21
 _GLANCE = 4096
@@ -47,9 +48,14 @@ def redundant_copy_of(source: Source, name: str, candidates: Iterable[str]) -> s
 
 
 def _constant(source: Source, name: str) -> bool:
-    """Whether all elements at the beginning are equal; enough to tell zeros and ones from an embedding."""
+    """Whether all elements are equal: read until one differs, which is soon in anything that was trained."""
     spec = source.specs[name]
-    raw = torch.empty(min(_GLANCE, spec.nbytes) // spec.type.itemsize * spec.type.itemsize, dtype=torch.uint8)
-    source.read(name, 0, raw)
-    rows = raw.reshape(-1, spec.type.itemsize)
-    return bool((rows == rows[0]).all())
+    first: torch.Tensor | None = None
+    for start, stop in tiles(spec.stored.numel):
+        raw = torch.empty((stop - start) * spec.stored.type.itemsize, dtype=torch.uint8)
+        source.read(name, start * spec.stored.type.itemsize, raw)
+        rows = raw.reshape(stop - start, -1)
+        first = rows[0].clone() if first is None else first
+        if bool((rows != first).any()):
+            return False
+    return True

@@ -1,0 +1,57 @@
+"""Redundant copies are told by their bytes, and constant tensors are never taken for one another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from weightlab.patches.ties import redundant_copy_of, same_bytes
+from weightlab.sources.virtual.memory import MemorySource
+from weightlab.tensors.tiles import TILE
+
+
+def source(**tensors: Tensor) -> MemorySource:
+    return MemorySource(tensors)
+
+
+def embedding(rows: int = 40, columns: int = 30) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_copy_is_found() -> None:
+    held = source(head=embedding(), embed=embedding(), other=embedding() + 1)
+    assert redundant_copy_of(held, "head", ["other", "embed"]) == "embed"
+    assert redundant_copy_of(held, "head", ["other"]) is None
+    assert redundant_copy_of(held, "head", ["head", "missing"]) is None
+    assert redundant_copy_of(held, "missing", ["embed"]) is None
+
+
+@pytest.mark.parametrize("place", [0, 1023, 1024, 1025, TILE - 1, TILE, 2 * TILE - 1])
+def test_one_bit_anywhere_makes_it_another_tensor(place: int) -> None:
+    one = embedding(2, TILE)
+    other = one.clone()
+    other.view(-1).view(torch.int32)[place] ^= 1
+    held = source(one=one, other=other, same=one.clone())
+    assert not same_bytes(held, "one", "other") and same_bytes(held, "one", "same")
+    assert redundant_copy_of(held, "one", ["other"]) is None
+    assert redundant_copy_of(held, "one", ["other", "same"]) == "same"
+
+
+@pytest.mark.parametrize("fill", [torch.zeros, torch.ones])
+def test_constant_tensors_are_equal_by_chance(fill: object) -> None:
+    assert callable(fill)
+    held = source(a=fill(50, 50), b=fill(50, 50))
+    assert redundant_copy_of(held, "a", ["b"]) is None
+
+
+def test_a_padding_row_of_zeros_does_not_make_a_tensor_constant() -> None:
+    padded = torch.cat([torch.zeros(1, 5000), embedding(3, 5000)])
+    assert redundant_copy_of(source(head=padded, embed=padded.clone()), "head", ["embed"]) == "embed"
+
+
+def test_only_matrices_of_the_same_kind() -> None:
+    vector, empty = embedding().reshape(-1), torch.empty(0, 4)
+    held = source(a=vector, b=vector.clone(), e=empty, f=empty.clone(), m=embedding(), n=embedding().double())
+    for name, other in (("a", "b"), ("e", "f"), ("m", "n")):
+        assert redundant_copy_of(held, name, [other]) is None
