@@ -50,7 +50,7 @@ def test_no_other_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: in
     singular = torch.linalg.svdvals(matrix.double())
     best = (singular[rank:] ** 2).sum().sqrt()
     assert left.shape[1] == min(rank, rows, columns)
-    assert (left @ right.double() - matrix.double()).norm() <= best * (1 + 1e-5) + singular[0] * 1e-5
+    assert (left @ right - matrix.double()).norm() <= best * (1 + 1e-6) + singular[0] * 1e-6
 
 
 def test_randomised_decomposition_of_a_large_matrix() -> None:
@@ -61,7 +61,7 @@ def test_randomised_decomposition_of_a_large_matrix() -> None:
     left, right = factorise(noisy, 8, None)
     assert torch.equal(before, torch.random.get_rng_state())  # nobody else's random numbers are used
     singular = torch.linalg.svdvals(noisy)
-    assert (left.float() @ right - noisy).norm() <= (singular[8:] ** 2).sum().sqrt() * 1.01
+    assert (left @ right - noisy).norm() <= (singular[8:] ** 2).sum().sqrt() * 1.01
     again = factorise(noisy, 8, None)
     assert same(left, again[0]) and same(right, again[1])
 
@@ -91,10 +91,17 @@ def test_decoding_adds_rank_by_rank(shape: tuple[int, ...], dtype: str) -> None:
 def test_a_convolution_is_a_matrix_of_output_channels(shape: tuple[int, ...], dtype: str) -> None:
     delta = sample(shape, dtype, 0, "normal")
     parts = encoded("low_rank:1", delta)
-    matrix = delta.values.reshape(shape[0], -1)
+    matrix = delta.values.reshape(shape[0], -1).double()
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     best = s[0] * u[:, :1] @ vt[:1]
-    assert (decoded(parts, "low_rank", delta.compute).reshape(matrix.shape) - best).norm() < 1e-4 * s[0]
+    assert (decoded(parts, "low_rank", delta.compute).reshape(matrix.shape).double() - best).norm() < 1e-6 * s[0]
+
+
+def test_sums_over_long_rows_are_right() -> None:
+    """In fp32, decomposing three rows of half a million ones gives 2.5 for the first of them."""
+    for shape in ((3, 2**19), (2**19, 3)):
+        found = decoded(encoded("low_rank:1", as_delta(torch.ones(shape))), "low_rank")
+        assert (found - 1).abs().max() < 1e-6
 
 
 def test_a_matrix_of_zeros() -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 import weightlab as wl
 from tests.patches.tools import changed, make, state
 from weightlab.errors import IntegrityError, NonFiniteError, RangeError, WrongBaseError
-from weightlab.patches.compute import check_bases, digest_tensors
+from weightlab.patches.compute import Offences, check_bases, compute_tile, digest_tensors, read_clean
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stream.executor import Resources
-from weightlab.tensors.tiles import TILE
+from weightlab.stream.executor import Resources, Workspace
+from weightlab.tensors.tiles import TILE, tiles
 
 
 def delta_of(change: dict[str, Tensor], encode: str = "dense:fp32") -> Patch:
@@ -112,6 +112,20 @@ def test_rows_added_and_removed(encode: str) -> None:
     assert got.keys() == tuned.keys()
     assert all(torch.equal(got[name], tuned[name]) for name in tuned) or encode == "dense"
     assert torch.allclose(got["rows"], tuned["rows"]) and torch.equal(got["rows"][700:], tuned["rows"][700:])
+
+
+def test_what_parts_hold_in_memory_is_given_back_after_the_last_tile() -> None:
+    base = {"w": torch.zeros(3, TILE)}
+    patch = wl.diff(base, {"w": torch.ones(3, TILE)}, encode="low_rank:1")
+    source = MemorySource(base)
+    target = fit(source, [StackEntry(patch, 1.0)]).targets["w"]
+    workspace, offences, held = Workspace(), Offences(), []
+    for start, stop in tiles(3 * TILE):
+        clean = read_clean(source, target, start, stop, workspace)
+        result = compute_tile(target, start, stop, clean, workspace, offences, False).view(torch.float32)
+        assert torch.allclose(result, torch.ones(TILE))
+        held.append(sorted(target.terms[0].parts._cache))
+    assert held == [["part left", "part right"], ["part left", "part right"], []]
 
 
 def test_digests_do_not_depend_on_threads_or_size() -> None:

@@ -16,7 +16,7 @@ from tests.patches.tools import changed, make, overwrite, place_of, state
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, NotPatchableError, UsageError
 from weightlab.patches import layout
 from weightlab.patches.patch import is_patch, open_patch
-from weightlab.stream.executor import Resources
+from weightlab.stream.executor import Resources, Workspace
 
 
 @pytest.fixture
@@ -164,6 +164,12 @@ def test_files_are_closed_with_the_last_patch(tmp_path: Path, sharded: Path) -> 
     del patch, scaled
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_parts_keep_the_files_open() -> None:
+    parts = wl.diff({"w": torch.zeros(3)}, {"w": torch.ones(3)}, encode="dense").parts("w")
+    gc.collect()
+    assert parts.read("delta", 0, 3, Workspace()).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

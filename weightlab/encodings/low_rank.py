@@ -8,7 +8,7 @@ gives the same bits everywhere; a matmul would not.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from weightlab.tensors.tiles import rectangles
 _USAGE = "write low_rank:RANK or low_rank:energy:SHARE, and a dtype after it if wanted: low_rank:16:bf16"
 _RANDOMISED_FROM = 1024  # smaller matrices are decomposed in full
 _OVERSAMPLE, _POWER_ITERATIONS = 10, 4
+_BLOCK = 2**21  # elements that are in fp64 at a time
 _ONE_MATRIX = threading.Lock()  # a factorisation holds several copies of its matrix: one at a time
 
 
@@ -106,38 +107,62 @@ def _helps(spec: TensorSpec, rank: int, dtype: str) -> bool:
 
 
 def factorise(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
-    """(left, right) whose product is the best approximation of `matrix` [m, n], of a rank or of a share of energy.
+    """(left, right), fp64, whose product is nearly the best approximation of `matrix` [m, n] of a rank or an energy.
 
     Energy is the sum of squared singular values. The rank is at least 1, also for a matrix of zeros. A large matrix
     and a small rank go through a randomised decomposition with a fixed seed.
     """
-    smaller = min(matrix.shape)
     low, high = (float(v) for v in torch.aminmax(matrix))
     size = max(-low, high) or 1.0  # squares of very large or small elements would leave the range of fp32
     matrix = matrix / size
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    smaller = wide.shape[0]
     if rank is not None and smaller >= _RANDOMISED_FROM and (rank + _OVERSAMPLE) * 4 < smaller:
-        u, s, vt = _leading(matrix, rank + _OVERSAMPLE)
+        vectors = _leading(wide, rank + _OVERSAMPLE)[:, :rank]
     else:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    if rank is None:
-        share = torch.cumsum(s.double() ** 2, 0)
-        noise = s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps  # smaller singular values are rounding errors
-        kept = min(int((share < share[-1] * (energy or 1.0)).sum()) + 1, int((s > noise).sum()))
-    else:
-        kept = rank
-    kept = max(1, min(kept, smaller))
-    return u[:, :kept].double() * s[:kept] * size, vt[:kept]
+        vectors, energies = _spectrum(wide)
+        share = torch.cumsum(energies, 0)
+        noise = energies[0] * (wide.shape[1] * torch.finfo(torch.float32).eps) ** 2  # rounding errors of the elements
+        if rank is None:
+            rank = min(int((share < share[-1] * (energy or 1.0)).sum()) + 1, int((energies > noise).sum()))
+        vectors = vectors[:, : max(1, rank)]
+    rest = torch.cat([vectors.T @ block for block in _blocks(wide)], dim=1)
+    if tall:
+        return rest.T * size, vectors.T
+    norms = rest.norm(dim=1)
+    return vectors * norms * size, rest / torch.where(norms > 0, norms, 1.0)[:, None]
 
 
-def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` leading singular triplets, nearly: randomised subspace iteration (arXiv 0909.4061, algorithm 4.4)."""
+def _blocks(wide: Tensor) -> Iterator[Tensor]:
+    """The matrix in fp64, some columns at a time: sums over very long rows would be wrong in fp32."""
+    step = max(1, _BLOCK // wide.shape[0])
+    for start in range(0, wide.shape[1], step):
+        yield wide[:, start : start + step].double()
+
+
+def _spectrum(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """All left singular vectors, as columns, and the squares of the singular values, both descending."""
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64)
+    for block in _blocks(wide):
+        gram.addmm_(block, block.T)
+    energies, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(1), energies.flip(0).clamp_min(0)
+
+
+def _leading(wide: Tensor, count: int) -> Tensor:
+    """Nearly the `count` leading left singular vectors: subspace iteration (arXiv 0909.4061, algorithm 4.4)."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(matrix @ start).Q
+    start = torch.randn(wide.shape[1], count, generator=generator, dtype=wide.dtype)
+    basis = _orthonormal(wide @ start)
     for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u, s, vt
+        basis = _orthonormal(wide @ _orthonormal(wide.T @ basis))
+    vectors, _ = _spectrum(basis.T @ wide)
+    return basis.double() @ vectors
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns.double()).Q.to(columns.dtype)
 
 
 def _product(left: Tensor, right: Tensor, start: int, stop: int, columns: int, out: Tensor) -> None:

@@ -5,6 +5,7 @@ The first pass stops at a tensor's first difference. The last encodes, writes, t
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,15 +34,16 @@ def find_changed(jobs: Sequence[Job], resources: Resources) -> None:
             job.changed = True
             return
         for start, stop in tiles(pair.tuned_spec.stored.numel):
-            base, tuned = pair.raw(start, stop, workspace)
-            if torch.equal(base, tuned) and pair.base_spec.dtype == pair.tuned_spec.dtype:
-                continue
-            job.changed = job.choice.encoding.lossless
-            if not job.changed:
-                try:
+            try:
+                base, tuned = pair.raw(start, stop, workspace)
+                if torch.equal(base, tuned) and pair.base_spec.dtype == pair.tuned_spec.dtype:
+                    continue
+                if not job.choice.encoding.lossless:
                     job.changed = bool(pair.tile(start, stop, base, tuned, workspace).delta.any())
-                except (NonFiniteError, RangeError):  # found again, and gathered, by the later passes
+                else:
                     job.changed = True
+            except (NonFiniteError, RangeError):  # found again, and gathered, by the later passes
+                job.changed = True
             if job.changed:
                 return
 
@@ -62,11 +64,20 @@ def prepare(jobs: Sequence[Job], rules: Rules, spool: Spool, faults: Faults, res
             if job.plan is None:
                 job.choice = rules.dense_instead_of(job.choice)
                 job.plan = job.choice.encoding.prepare(delta, job.choice.parameters, room)
+        if delta.was_whole:
+            _give_back_memory()
 
     run(jobs, plan, resources)
     if faults:  # name those too that only encoding would have found
         run(jobs, lambda job, workspace: _check(job, faults, workspace), resources)
         faults.raise_any()
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system: glibc would keep the pieces of each matrix and take more for the next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and no such habit
+    if trim is not None:
+        trim(0)
 
 
 def _check(job: Job, faults: Faults, workspace: Workspace) -> None:
@@ -108,11 +119,12 @@ def encode(jobs: Sequence[Job], writer: PatchWriter, faults: Faults, resources: 
 
     def work(task: tuple[int, Job, int, int], workspace: Workspace) -> None:
         index, job, start, stop = task
-        base, tuned = job.pair.raw(start, stop, workspace)
+        base = tuned = workspace.buffer("nothing", 0, torch.uint8)
         pieces: dict[str, Tensor] = {}
         measured = Distance()
-        if job.changed:
-            with faults.gathered():
+        with faults.gathered():
+            base, tuned = job.pair.raw(start, stop, workspace)
+            if job.changed:
                 pieces, measured = _encoded(job, start, stop, base, tuned, workspace)
         with turns.turn(index):
             if job.base_digest is not None:

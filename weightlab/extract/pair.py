@@ -104,10 +104,15 @@ def _padded(values: Tensor, count: int, workspace: Workspace, dtype: torch.dtype
 
 
 class PairDelta:
-    """The delta of a pair as an encoder's `prepare` reads it (see `encodings.DeltaReader`)."""
+    """The delta of a pair as an encoder's `prepare` reads it (see `encodings.DeltaReader`).
+
+    Attributes:
+        was_whole: whether the encoder asked for the whole matrix.
+    """
 
     def __init__(self, pair: TensorPair, workspace: Workspace, resources: Resources) -> None:
         self.spec, self.compute = pair.spec, pair.compute
+        self.was_whole = False
         self._pair, self._workspace, self._resources = pair, workspace, resources
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -117,6 +122,7 @@ class PairDelta:
 
     def matrix(self) -> Tensor:
         self._resources.require_matrix(self.spec.numel, self.spec.name)
+        self.was_whole = True
         whole = torch.empty(self.spec.numel, dtype=self.compute)
         for start, stop, delta in self.tiles():
             whole[start:stop] = delta

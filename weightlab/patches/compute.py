@@ -66,9 +66,27 @@ def compute_tile(
 ) -> Tensor:
     """The result's bytes (flat uint8) of elements [start, stop).
 
+    What the patches' parts hold in memory for this tensor is given back after its last tile.
+
     Args:
         clean: the clean tensor's bytes of the same range, shorter where rows are appended, empty for an added tensor.
     """
+    result = _computed(target, start, stop, clean, workspace, offences, allow_nonfinite)
+    if stop == target.result.stored.numel:
+        for term in target.terms:
+            term.parts.release()
+    return result
+
+
+def _computed(
+    target: Target,
+    start: int,
+    stop: int,
+    clean: Tensor,
+    workspace: Workspace,
+    offences: Offences,
+    allow_nonfinite: bool,
+) -> Tensor:
     stored, result = target.spec.stored, target.result.stored
     clean_type, result_type = stored.type.torch, result.type.torch
     assert clean_type is not None and result_type is not None

@@ -32,12 +32,19 @@ class Extent:
 
 
 class StoredParts:
-    """The parts of one tensor (see `encodings.Parts`); reads from several threads at a time."""
+    """The parts of one tensor (see `encodings.Parts`); reads from several threads at a time.
 
-    def __init__(self, spec: TensorSpec, parameters: Mapping[str, Any], extents: Mapping[str, Extent]) -> None:
+    Args:
+        files: what must live as long, so that the files of the extents stay open.
+    """
+
+    def __init__(
+        self, spec: TensorSpec, parameters: Mapping[str, Any], extents: Mapping[str, Extent], files: object = None
+    ) -> None:
         self.spec = spec
         self.parameters = parameters
         self.extents = extents
+        self._files = files
         self._cache: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -72,7 +79,7 @@ class StoredParts:
         return self.cached(f"part {part}", load)
 
     def release(self) -> None:
-        """Forgets what was cached."""
+        """Forgets what was cached, which is made anew if it is needed again."""
         with self._lock:
             self._cache.clear()
 

@@ -114,7 +114,7 @@ class Patch:
         """The stored parts of a tensor; a new object with an empty cache."""
         record = self.records[name]
         extents = {part: self._extents[p.entry] for part, p in record.parts.items()}
-        return StoredParts(record.spec(name), record.parameters, extents)
+        return StoredParts(record.spec(name), record.parameters, extents, self._files)
 
     def nbytes(self, name: str | None = None) -> int:
         """Stored bytes of one tensor, or of all."""
