@@ -139,6 +139,14 @@ def test_the_layers_are_those_of_contributing() -> None:
     assert written == {unit: layer for unit, layer in LAYERS.items() if "." in unit}
 
 
+def test_what_contributing_points_at_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = {word for word in re.findall(r"`([\w./]+/[\w./]*)`", text) if "NAME" not in word and word[0] != "."}
+    inside = [path for path in paths if path.count("/") > 1 or not path.endswith("/")]
+    assert len(inside) > 10
+    assert [path for path in inside if not (ROOT / path).exists()] == []
+
+
 def _tree(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         path = folder.joinpath(*name.split("__")).with_suffix(".py")
