@@ -50,6 +50,7 @@ def diff(
     Raises:
         NamesMismatchError: lists every tensor that does not pair up; nothing was written.
         NonFiniteError: lists the tensors with NaN or infinity, unless `allow_nonfinite`.
+        RangeError: lists the tensors whose change is too large for how it is to be stored.
     """
     options = DiffOptions(
         encode=encode,
