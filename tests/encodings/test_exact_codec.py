@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import hypothesis.strategies as st
@@ -118,6 +119,23 @@ def test_what_did_not_change_costs_nothing(dtype: str) -> None:
 def test_same_bytes_every_time() -> None:
     base, tuned = float_pair(torch.float32, 50_000, 1e-3)
     assert encode_block(base, tuned, "F32") == encode_block(base.copy(), tuned.copy(), "F32")
+
+
+def test_a_block_survives_the_next_ones() -> None:
+    """The memory that a thread works in is used again; what is given out is not part of it."""
+    pairs = [float_pair(torch.float32, count, 1e-3) for count in (50_000, 300, 70_000)]
+    pairs.append((pairs[0][0], np.concatenate([pairs[0][0][:100_000], pairs[0][1][100_000:]])))  # some runs are equal
+    coded = [frames_of(base, tuned, "F32") for base, tuned in pairs]
+    decoded = [decode_block(base, frames, "F32") for (base, _), frames in zip(pairs, coded, strict=True)]
+    assert [values.tobytes() for values in decoded] == [tuned.tobytes() for _, tuned in pairs]
+
+
+def test_threads_do_not_meet() -> None:
+    pairs = [float_pair(FLOATS[dtype], count, 1e-2) for dtype in ("F32", "BF16") for count in (60_000, 61_000)]
+    bases, tuned = zip(*pairs * 8, strict=True)
+    todo = bases, tuned, ("F32", "F32", "BF16", "BF16") * 8
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(encode_block, *todo)) == list(map(encode_block, *todo))
 
 
 @pytest.mark.parametrize(

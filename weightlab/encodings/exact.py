@@ -28,7 +28,8 @@ from weightlab.encodings._base import (
     no_arguments,
     part_specs,
 )
-from weightlab.encodings._exact_codec import PLANES, Array, join, split
+from weightlab.encodings._exact_codec import PLANES, join, split
+from weightlab.encodings._exact_words import Array
 from weightlab.errors import IntegrityError
 from weightlab.tensors.arithmetic import bits
 from weightlab.tensors.spec import BY_TORCH, TensorSpec
@@ -58,7 +59,7 @@ def encode_block(base: Array, tuned: Array, dtype: str) -> list[bytes]:
     Args:
         base, tuned: the bytes of the same elements, uint8 and contiguous, little-endian.
     """
-    if np.array_equal(base, tuned):
+    if np.array_equal(base[:_PIECE], tuned[:_PIECE]) and np.array_equal(base, tuned):
         return [b""] * len(PLANES)
     rules, *planes = split(base, tuned, dtype)
     frames = [b"".join(piece.tobytes() for piece in rules), *map(_compress, planes)]
@@ -90,16 +91,21 @@ def _compress(pieces: Sequence[Array]) -> bytes:
     size = sum(map(len, pieces))
     if not any(piece.any() for piece in pieces):
         return b""
+    if size < _PIECE:
+        whole = b"".join(piece.tobytes() for piece in pieces)
+        frame = _contexts.compressor.compress(whole)
+        return frame if len(frame) < size else whole
     stream = _contexts.compressor.compressobj(size=size)
-    frame, pending = bytearray(), 0
+    blocks, pending = list[bytes](), 0
     for piece in pieces:
         if pending >= _PIECE:
-            frame += stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+            blocks.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
             pending = 0
-        frame += stream.compress(piece.data)
+        blocks.append(stream.compress(piece.data))
         pending += len(piece)
-    frame += stream.flush()
-    return bytes(frame) if len(frame) < size else b"".join(piece.tobytes() for piece in pieces)
+    blocks.append(stream.flush())
+    frame = b"".join(blocks)
+    return frame if len(frame) < size else b"".join(piece.tobytes() for piece in pieces)
 
 
 def _taker(plane: Array) -> Callable[[int], Array]:
