@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from safetensors.torch import save_file
 from torch import Tensor
 
 import weightlab as wl
 from tests.encodings.memory import FLOATS, SHAPES, same
-from weightlab.errors import NonFiniteError, NotPatchableError, RangeError, UsageError
-from weightlab.extract import diff as module
+from weightlab.errors import UsageError
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.patches.patch import Patch
 from weightlab.sources.virtual.memory import MemorySource
@@ -277,180 +269,3 @@ def test_what_no_patch_is_taken_of_as_a_sum() -> None:
     patch = diff_sources(base, MemorySource({"w": torch.ones(3)}), None, options)
     assert {n: r.base_digest for n, r in patch.records.items()} == {"w": None, "gone": None}
     assert patch.header.base.fingerprint == "a" * 64
-
-
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize("encode", ["exact", *LOSSY, {"a": "low_rank:2", "b": "dense", "c": "sign", "*": "exact"}])
-@pytest.mark.parametrize("threads", [1, 4])
-def test_nan_and_infinity_name_every_tensor(encode: Any, threads: int, tmp_path: Path) -> None:
-    base = {name: torch.zeros(20, 20) for name in "abcdef"}
-    tuned = {name: torch.ones(20, 20) for name in "abcdef"}
-    for name, value in zip("abcd", (NAN, INF, -INF, NAN), strict=True):
-        tuned[name][7, 7] = value
-    base["e"][1, 1] = INF
-    save_file(base, tmp_path / "base.safetensors")
-    for place in ("p.safetensors", "p"):
-        with pytest.raises(NonFiniteError) as caught:
-            wl.diff(
-                tmp_path / "base.safetensors",
-                tuned,
-                tmp_path / place,
-                encode=encode,
-                resources=Resources(threads=threads, memory=2**31),
-            )
-        assert caught.value.offenders == (
-            "a of state dict",
-            "b of state dict",
-            "c of state dict",
-            "d of state dict",
-            f"e of {tmp_path / 'base.safetensors'}",
-        )
-        assert caught.value.exit_code == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
-
-
-def test_nan_in_what_did_not_change_is_no_matter() -> None:
-    mask = torch.full((3, 3), -INF)
-    assert list(wl.diff({"m": mask, "w": torch.zeros(1)}, {"m": mask.clone(), "w": torch.ones(1)}).records) == ["w"]
-
-
-def test_nonfinite_where_it_is_allowed() -> None:
-    base = torch.zeros(10, 10)
-    tuned = torch.ones(10, 10)
-    tuned[0, 0], tuned[1, 1], tuned[2, 2] = NAN, INF, -INF
-    for encode in ("exact", "dense", "dense:fp16", "sparse:0.9"):
-        patch = wl.diff({"w": base}, {"w": tuned}, encode=encode, allow_nonfinite=True)
-        got = wl.apply({"w": base}, patch, allow_nonfinite=True)["w"]
-        assert torch.isnan(got[0, 0]) and got[1, 1] == INF and got[2, 2] == -INF
-        error = patch.records["w"].error
-        assert error is None or error.max_abs == (1.0 if encode == "sparse:0.9" else 0.0)
-    for encode in ("quantized:4", "low_rank:2", "sign"):
-        with pytest.raises(NonFiniteError) as caught:
-            wl.diff({"w": base}, {"w": tuned}, encode=encode, allow_nonfinite=True)
-        assert caught.value.offenders == (f"w ({encode.split(':')[0]})",)
-        assert "store these dense or exact" in caught.value.remedy
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_overflow_names_every_tensor(threads: int, tmp_path: Path) -> None:
-    base = {name: torch.zeros(20, 20) for name in "abc"}
-    tuned = {"a": torch.full((20, 20), 1e5), "b": torch.ones(20, 20), "c": torch.full((20, 20), -7e4)}
-    for encode in ("dense:fp16", {"a": "low_rank:1:fp16", "*": "dense:fp16"}):
-        with pytest.raises(RangeError) as caught:
-            wl.diff(
-                base,
-                tuned,
-                tmp_path / "p.safetensors",
-                encode=encode,
-                resources=Resources(threads=threads, memory=2**31),
-            )
-        assert [line.split(":")[0] for line in caught.value.offenders] == ["a", "c"] and caught.value.exit_code == 4
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_delta_beyond_its_compute_dtype() -> None:
-    before, after = torch.full((9, 9), 3e38), torch.full((9, 9), -3e38)
-    for encode in LOSSY:
-        with pytest.raises(RangeError) as caught:
-            wl.diff({"w": before}, {"w": after}, encode=encode)
-        assert caught.value.offenders == ("w: beyond torch.float32",)
-        beside_nan = after.index_fill(0, torch.tensor([0]), NAN)
-        with pytest.raises(RangeError):
-            wl.diff({"w": before}, {"w": beside_nan}, encode=encode, allow_nonfinite=True)
-
-
-def test_enormous_fp64_differences_are_measured() -> None:
-    base = torch.zeros(4, 8, dtype=torch.float64)
-    tuned = torch.full((4, 8), 1e200, dtype=torch.float64)
-    tuned[0, 0] = 3e200
-    patch = wl.diff({"w": base}, {"w": tuned}, encode="sparse:0.04")
-    error = patch.records["w"].error
-    assert error is not None and error.max_abs == 1e200
-    assert error.relative_l2 == pytest.approx((31 / 40) ** 0.5, rel=1e-12)
-
-
-@pytest.mark.parametrize("place", ["p.safetensors", "folder"])
-def test_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path, place: str) -> None:
-    (tmp_path / place).mkdir()
-    (tmp_path / place / "mine").touch()
-    with pytest.raises(NotPatchableError):
-        wl.diff({"w": torch.zeros(1)}, {"v": torch.zeros(1)}, tmp_path / place)
-
-
-@pytest.mark.parametrize("place", ["p.safetensors", "folder", None])
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def fail(*_: object) -> None:
-        assert any(tmp_path.iterdir())  # it is half-way indeed
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "encode", fail)
-    with pytest.raises(KeyboardInterrupt):
-        wl.diff(
-            {"w": torch.zeros(9)}, {"w": torch.ones(9)}, None if place is None else tmp_path / place, encode="dense"
-        )
-    gc.collect()
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys, torch, weightlab as wl
-from weightlab.stream.executor import Resources
-
-def halfway(done, total):
-    if 2 * done > total:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-base = {"w": torch.zeros(4_000_000)}
-wl.diff(base, {"w": torch.ones(4_000_000)}, sys.argv[1], encode="dense", resources=Resources(progress=halfway))
-"""
-
-
-@pytest.mark.parametrize("place", ["p.safetensors", "folder"])
-def test_a_killed_run_leaves_nothing_that_looks_like_a_patch(tmp_path: Path, place: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / place)], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    left = [p.name for p in tmp_path.iterdir()]
-    assert len(left) == 1 and left[0].startswith(".") and left[0].endswith(".partial")
-    assert not list(tmp_path.rglob("*.json")) and not (tmp_path / place).exists()
-    wl.diff({"w": torch.zeros(9)}, {"w": torch.ones(9)}, tmp_path / place).verify()
-    assert [p.name for p in tmp_path.iterdir()] == [place]  # what was left is gone
-
-
-PEAK = """
-import sys, weightlab as wl
-from pathlib import Path
-from weightlab.stream.executor import Resources
-
-folder, *encodings = sys.argv[1:]
-for encode in encodings:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    wl.diff(folder + "/base.safetensors", folder + "/tuned.safetensors", encode=encode, resources=Resources(threads=2))
-    print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
-"""
-
-
-def peak(folder: Path, shape: tuple[int, int], count: int, encodings: list[str]) -> dict[str, int]:
-    """The largest memory, in kB, that a process takes for a difference of so many bf16 tensors, by encoding."""
-    generator = torch.Generator().manual_seed(0)
-    base = {f"w{i}": torch.randn(shape, generator=generator).bfloat16() for i in range(count)}
-    save_file(base, folder / "base.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in base.items()}, folder / "tuned.safetensors")
-    command = [sys.executable, "-c", PEAK, str(folder), *encodings]
-    done = subprocess.run(command, check=True, capture_output=True, env={**os.environ, "TMPDIR": str(folder)})
-    return dict(zip(encodings, map(int, done.stdout.split()), strict=True))
-
-
-def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
-    encodings = ["dense", "exact", "quantized:4:channel", "sparse:0.1", "sign"]
-    small, large = (peak(tmp_path, (rows, 2048), 1, encodings) for rows in (2_000, 16_000))  # 8 and 64 MB
-    # The allocator's mood is worth some 30 MB, and a tensor that were held once, in 16 bits, 56 MB.
-    assert all(large[encode] < small[encode] + 45_000 for encode in encodings), (small, large)
-
-
-def test_memory_does_not_grow_with_the_number_of_matrices(tmp_path: Path) -> None:
-    few, many = (peak(tmp_path, (1536, 1536), count, ["low_rank:32"])["low_rank:32"] for count in (3, 15))
-    assert many < few + 45_000, (few, many)  # in fp32, the 12 more take 113 MB
