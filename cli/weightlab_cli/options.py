@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,18 +21,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Memory(click.ParamType[int]):
-    """An amount of memory: 512M, 2G."""
+def memory_size(text: str) -> int:
+    """An amount of memory: 512M, 1.5G."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no amount of memory; write for example 512M or 2G")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
-    name = "SIZE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is no amount of memory; write for example 512M or 2G", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+def operand(text: str) -> str:
+    """A path. An empty one would be the current folder, which no one means who writes "$UNSET"."""
+    if not text:
+        raise click.BadParameter("empty; a path is needed")
+    return text
+
+
+def _new_path(text: str) -> Path:
+    return Path(operand(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +59,23 @@ class Common:
             yield Resources(self.threads, memory, self.device, bar.report)
 
 
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback with an error.")
+
+
 def common(function: Function) -> Function:
     """--json, --quiet, --debug, --threads, --memory, --device: the command gets them as its first argument."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
     @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-    @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+    @debug
     @click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: one a core, at most 8]")
-    @click.option("--memory", type=Memory(), help="Memory to stay below.  [default: 512M]")
+    @click.option("--memory", type=memory_size, metavar="SIZE", help="Memory to stay below.  [default: 512M]")
     @click.option("--device", default="cpu", show_default=True, help="Where arithmetic runs: cpu, or an accelerator.")
     @wraps(function)
     def wrapped(
         *args: Any,
         as_json: bool,
         quiet: bool,
-        debug: bool,
         threads: int | None,
         memory: int | None,
         device: str,
@@ -78,34 +86,14 @@ def common(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
-def _several(flag: str, name: str, metavar: str, text: str) -> Callable[[Function], Function]:
-    return click.option(flag, name, multiple=True, metavar=metavar, help=text)
+def out(text: str, *, required: bool = False) -> Callable[[Function], Function]:
+    """-o, --out."""
+    return click.option("-o", "--out", type=_new_path, metavar="PATH", required=required, help=text)
 
 
-include = _several("--include", "include", "GLOB", "Only tensors whose name matches; may be repeated.")
-exclude = _several("--exclude", "exclude", "GLOB", "Not tensors whose name matches; may be repeated.")
-encode = _several(
-    "--encode",
-    "encode",
-    "[GLOB=]ENCODING",
-    "How tensors are stored; may be repeated with globs. exact · dense[:DTYPE] · quantized:BITS[:LEVELS][:SCOPE] · "
-    "sparse:SHARE[:random] · low_rank:RANK · sign",
-)
-key = click.option(
-    "--key", metavar="NAME", help="Where in a nested pickle the weights are, for example model.state_dict."
-)
-wait = click.option(
-    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait for another process to finish."
-)
-dry_run = click.option("--dry-run", is_flag=True, help="Check everything, say what would change, write nothing.")
-allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity as they are.")
-links = click.option(
-    "--links",
-    type=click.Choice(["refuse", "copy"]),
-    default="refuse",
-    show_default=True,
-    help="A file of the model that is a link: refuse, or make it a copy of its own first.",
-)
+def dry_run(text: str) -> Callable[[Function], Function]:
+    """--dry-run, with what it means for this command."""
+    return click.option("--dry-run", is_flag=True, help=text)
 
 
 def renames(text: str) -> Callable[[Function], Function]:
@@ -117,3 +105,46 @@ def renames(text: str) -> Callable[[Function], Function]:
         return parse_renames(value)
 
     return click.option("--map", "renames", multiple=True, metavar="OLD=NEW", callback=convert, help=text)
+
+
+def _several(flag: str, name: str, metavar: str, text: str) -> Callable[[Function], Function]:
+    return click.option(flag, name, multiple=True, metavar=metavar, help=text)
+
+
+DRY_CHANGE = "Check everything, say what would change and how many bytes and how much memory it takes; write nothing."
+DRY_PATCH = "Make the patch in temporary storage ($TMPDIR), say what it holds and takes; keep nothing."
+DRY_READ = "Say how many bytes would be read, and read headers only."
+
+ENCODINGS = (
+    "exact",
+    "dense[:fp32|bf16|fp16]",
+    "quantized:BITS[:linear|log|tanh][:tensor|channel]",
+    "sparse:SHARE[:magnitude|random]",
+    "low_rank:RANK",
+    "low_rank:energy:SHARE",
+    "sign",
+)
+include = _several("--include", "include", "GLOB", "Only tensors whose name matches; may be repeated.")
+exclude = _several("--exclude", "exclude", "GLOB", "Not tensors whose name matches; may be repeated.")
+encode = _several(
+    "--encode",
+    "encode",
+    "[GLOB=]ENCODING",
+    "How tensors are stored; may be repeated, with globs over their names. One of: " + ", ".join(ENCODINGS) + ".",
+)
+key = click.option(
+    "--key", metavar="NAME", help="Where in a nested pickle the weights are, for example model.state_dict."
+)
+wait = click.option(
+    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait for another process to finish."
+)
+allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity as they are.")
+links = click.option(
+    "--links",
+    type=click.Choice(["refuse", "copy"]),
+    default="refuse",
+    show_default=True,
+    help="A file of the model that is a link: refuse, or make it a copy of its own first.",
+)
+licence = click.option("--license", help="The patch's licence; kept in the header.")
+notes = click.option("--notes", help="Anything to keep in the header.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,7 @@ import click
 from weightlab.errors import WeightlabError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 _SHOWN = 40
 
@@ -24,12 +27,12 @@ def print_error(error: WeightlabError, as_json: bool) -> None:
     """One line for what is wrong, one for each offender, one for what to do; as JSON on stdout when asked."""
     if as_json:
         tree = {
-            "error": error.message,
+            "message": error.message,
             "offenders": list(error.offenders),
             "remedy": error.remedy,
             "exit_code": error.exit_code,
         }
-        click.echo(json.dumps(tree, ensure_ascii=False))
+        click.echo(json.dumps({"error": tree}))
         return
     lines = [f"error: {printable(error.message)}", *(f"  {printable(o)}" for o in error.offenders[:_SHOWN])]
     if len(error.offenders) > _SHOWN:
@@ -40,8 +43,8 @@ def print_error(error: WeightlabError, as_json: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """Text from files, safe on a terminal: control characters are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text from files as one line that is safe on a terminal: control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: float) -> str:
@@ -54,13 +57,15 @@ def size(count: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON values of a report."""
+    """A report as JSON values; a number that JSON cannot write (infinity, NaN) is null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
@@ -71,10 +76,10 @@ class Output:
     json: bool
     quiet: bool
 
-    def result(self, report: Any) -> None:
-        """The one object on stdout, when programs listen."""
+    def result(self, report: Any, **more: Any) -> None:
+        """The one object on stdout, when programs listen: a dataclass or mapping, and further entries."""
         if self.json:
-            click.echo(json.dumps(plain(report), ensure_ascii=False))
+            click.echo(json.dumps(plain(report) | plain(more), allow_nan=False))
 
     def line(self, text: str = "") -> None:
         """A line for people."""
@@ -82,21 +87,42 @@ class Output:
             click.echo(printable(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table for people; columns whose title begins with `#` are numbers, and are aligned to the right."""
+        """A table for people; one whose columns have no titles has no head.
+
+        Columns whose title begins with `#` are numbers: aligned to the right and never broken. Columns without content
+        are left out.
+        """
         if self.json or self.quiet or not rows:
             return
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+        click.echo(_drawn([columns[i] for i in filled], [[row[i] for i in filled] for row in rows], title))
 
-        table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
-        for column in columns:
-            number = column.startswith("#")
-            table.add_column(Text(column.lstrip("#")), justify="right" if number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        terminal = sys.stdout.isatty()
-        Console(file=sys.stdout, width=None if terminal else 160, highlight=False, soft_wrap=not terminal).print(table)
+
+def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
+    """On a terminal as wide as that, or a little wider where a number needs it; else a row a line, without styles."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        number = column.startswith("#")
+        table.add_column(
+            Text(column.lstrip("#")), justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    terminal = sys.stdout.isatty()
+    text = io.StringIO()
+    console = Console(
+        file=text, force_terminal=terminal, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False
+    )
+    measured = Measurement.get(console, console.options.update(max_width=2**16), table)
+    console.width = max(console.width, measured.minimum) if terminal else measured.maximum
+    console.print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join([printable(title), *lines] if title else lines)
 
 
 class Bar:
@@ -105,8 +131,9 @@ class Bar:
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted and sys.stderr.isatty()
         self._begun = time.monotonic()
+        self._done = 0
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -118,13 +145,16 @@ class Bar:
             self._bar.stop()
 
     def report(self, done: int, total: int) -> None:
-        """Called by the library, under its own lock, with bytes done and in all."""
+        """Called by the library, under its own lock, with bytes done and in all; once more from 0 for each pass."""
         if not self._wanted or time.monotonic() - self._begun < 1.0:
             return
-        if self._bar is None:
+        if self._bar is None or self._task is None:
             self._bar = self._made()
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
+        elif done < self._done:
+            self._bar.reset(self._task, total=total)
+        self._done = done
         self._bar.update(self._task, completed=done, total=total)
 
     @staticmethod

@@ -9,6 +9,7 @@ from weightlab_cli.output import Output, size
 if TYPE_CHECKING:
     from weightlab.ops.inspect import Inspection
     from weightlab.ops.outcome import Outcome, PatchOnInfo
+    from weightlab.stream.executor import Resources
 
 
 def show_stack(output: Output, model: str, patches: list[PatchOnInfo]) -> None:
@@ -20,19 +21,42 @@ def show_stack(output: Output, model: str, patches: list[PatchOnInfo]) -> None:
     output.table(["patch", "#scale", "id"], rows, f"on {model}")
 
 
-def show_outcome(output: Output, outcome: Outcome) -> None:
+def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None:
     """What a change of a model did."""
-    output.result(outcome)
-    would = "would be " if outcome.dry_run else ""
-    done = f"{outcome.tensors} tensors {would}computed, {size(outcome.bytes_written)} written"
+    dry = outcome.dry_run
+    output.result(outcome, **({"memory": resources.expected_memory()} if dry else {}))
+    done = f"{outcome.tensors} tensors {'to compute' if dry else 'computed'}, {size(outcome.bytes_written)}"
+    done += " to write" if dry else " written"
     if outcome.bytes_copied:
-        done += f", {size(outcome.bytes_copied)} copied"
+        done += f", {size(outcome.bytes_copied)} {'to copy' if dry else 'copied'}"
     output.line(done)
+    _show_memory(output, resources, dry)
     for note in outcome.notes:
         output.line(note)
     for name in outcome.left_out:
         output.line(f"left out: {name} (the same weights in another format, without the patch)")
     show_stack(output, outcome.out or outcome.model, outcome.patches)
+
+
+def show_patch(output: Output, out: str, found: Inspection, resources: Resources, *, dry_run: bool) -> None:
+    """A patch that was made, or in a dry run would have been."""
+    more = {"dry_run": True, "memory": resources.expected_memory()} if dry_run else {"dry_run": False}
+    sizes = {"tensors": len(found.tensors), "bytes": found.bytes, "full_bytes": found.full_bytes}
+    output.result({"path": out, **found.facts, **sizes}, **more)
+    _show_encodings(output, found)
+    _show_error(output, found)
+    _show_memory(output, resources, dry_run)
+    end = "would be " if dry_run else ""
+    output.line(f"{out}: {end}{len(found.tensors)} tensors, {size(found.bytes)}, id {found.facts['id'][:12]}")
+
+
+def show_reading(output: Output, found: list[Inspection], resources: Resources) -> None:
+    """What a command that only reads would read."""
+    rows = [{"path": f.path, "kind": f.kind, "tensors": len(f.tensors), "bytes": f.bytes} for f in found]
+    output.result({"dry_run": True, "read": rows, "memory": resources.expected_memory()})
+    for f in found:
+        output.line(f"{f.path}: a {f.kind}, {len(f.tensors)} tensors, {size(f.bytes)} to read")
+    _show_memory(output, resources, True)
 
 
 def show_layers(output: Output, found: Inspection) -> None:
@@ -68,19 +92,33 @@ def show_facts(output: Output, found: Inspection) -> None:
         ["kind", f"{facts['kind']} ({facts['method']['name']})"],
         ["base", " ".join(str(base[k]) for k in ("name", "revision", "fingerprint") if base[k]) or "not recorded"],
         ["result", facts["result"] or "depends on the base"],
+        *([["scale", f"{facts['scale']:g}"]] if facts["scale"] != 1 else []),
         *([["licence", facts["license"]]] if facts["license"] else []),
         *([["notes", facts["notes"]]] if facts["notes"] else []),
         *([["needs", ", ".join(facts["requires"])]] if facts["requires"] else []),
-        ["largest relative error", f"{facts['largest_relative_error']:.3g}"],
     ]
     output.table(["", ""], rows, found.path)
     output.line()
-    stored = [
-        [name, str(held["tensors"]), size(held["bytes"]), size(held["full_bytes"])]
-        for name, held in facts["encodings"].items()
-    ]
-    output.table(["encoding", "#tensors", "#stored", "#in full"], stored)
+    _show_encodings(output, found)
+    _show_error(output, found)
     output.line()
+
+
+def _show_encodings(output: Output, found: Inspection) -> None:
+    rows = [
+        [name, str(held["tensors"]), size(held["bytes"]), size(held["full_bytes"])]
+        for name, held in found.facts["encodings"].items()
+    ]
+    output.table(["encoding", "#tensors", "#stored", "#in full"], rows)
+
+
+def _show_error(output: Output, found: Inspection) -> None:
+    output.line(f"largest relative error of a tensor: {found.facts['largest_relative_error']:.3g}")
+
+
+def _show_memory(output: Output, resources: Resources, wanted: bool) -> None:
+    if wanted:
+        output.line(f"about {size(resources.expected_memory())} of memory, with {resources.workers()} threads")
 
 
 _NORMS = ("#norm", "#rms", "#largest", "#relative")

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightlab.errors import UsageError
 from weightlab.ops.moments import Moments, moments
-from weightlab.ops.operands import ModelLike, PathLike, parse_patch, reading
+from weightlab.ops.operands import ModelLike, PathLike, model_path, parse_patch, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch, is_patch, open_patch
@@ -101,11 +101,11 @@ def inspect(
     patch = _as_patch(path)
     if patch is not None:
         return _patch(patch, base, key, norms, wait, resources)
-    if base is not None:
+    assert not isinstance(path, Patch)
+    if base is not None and model_path(path):
         raise UsageError(
             f"{path} is a checkpoint, and --base is for a patch", "take a difference with `weightlab diff`"
         )
-    assert not isinstance(path, Patch)
     with reading(path, key=key, wait=wait) as source:
         names = sorted(source.specs, key=natural_key)
         summable = [n for n in names if n not in source.opaque and source.specs[n].is_float]

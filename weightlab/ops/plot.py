@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from weightlab.errors import InputError, UsageError
-from weightlab.files.atomic import atomic_file
+from weightlab.files.atomic import atomic_file, refuse_existing
 from weightlab.ops.inspect import Inspection, TensorRow
 from weightlab.tensors.order import layer_of
 
@@ -21,16 +22,13 @@ def plot(found: Inspection, path: Path, *, overwrite: bool = False) -> None:
     The colour is log10 of ‖Δ‖/‖W‖ where the base is known, else of the root mean square of the elements.
 
     Raises:
-        UsageError: matplotlib is not installed, or the name does not end in .png.
         InputError: there are no norms to draw.
+        UsageError, NotPatchableError: see `check_picture`.
     """
-    if path.suffix != ".png":
-        raise UsageError(f"{path}: pictures are PNG files", "give a name that ends in .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a picture needs matplotlib", "pip install 'weightlab[plot]'") from error
+    check_picture(path, overwrite=overwrite)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [r for r in found.tensors if r.norm is not None]
     if not rows:
         raise InputError(f"{found.path}: no norms to draw", "; ".join(found.notes) or "give --base")
@@ -54,6 +52,20 @@ def plot(found: Inspection, path: Path, *, overwrite: bool = False) -> None:
     figure.suptitle(_short(Path(found.path).name, 70), fontsize=10)
     with atomic_file(path, overwrite=overwrite) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def check_picture(path: Path, *, overwrite: bool = False) -> None:
+    """Checks, before any work, that a picture can go to `path`.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the name does not end in .png.
+        NotPatchableError: there is something already.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"{path}: pictures are PNG files", "give a name that ends in .png")
+    if find_spec("matplotlib") is None:
+        raise UsageError("a picture needs matplotlib", "pip install 'weightlab[plot]'")
+    refuse_existing(path, overwrite=overwrite)
 
 
 def _grid(rows: list[TensorRow], kinds: list[str], layers: list[str], relative: bool) -> list[list[float]]:

@@ -90,23 +90,27 @@ def scale(
     return _change(model, decide, ChangeOptions(links, allow_nonfinite, wait, dry_run, resources or Resources()))
 
 
-def status(model: PathLike, *, wait: float = 0.0, resources: Resources | None = None) -> Status:
+def status(model: PathLike, *, dry_run: bool = False, wait: float = 0.0, resources: Resources | None = None) -> Status:
     """Says what is on a checkpoint and whether its files are as weightlab left them; ends what was interrupted.
 
+    Args:
+        dry_run: look only, and write nothing.
+
     Raises:
-        IntegrityError: what is needed to undo an interrupted change is damaged.
+        IntegrityError: what is needed to undo an interrupted change is damaged; in a dry run: there is one.
     """
     resources = resources or Resources()
     path = Path(model)
     notes: list[str] = []
     folder = folder_of(path)
-    if folder.is_dir() and pending(folder):
-        with folder_lock(folder, exclusive=True, wait=wait):
-            notes = recover_all(folder, resources)
-    elif folder.is_dir() and any(not place.read_stack().patches for place in places(folder)):
-        # Left by a change that ended before it began, unless it is under way just now.
-        with suppress(BusyError), folder_lock(folder, exclusive=True):
-            recover_all(folder, resources)
+    if folder.is_dir() and not dry_run:
+        if pending(folder):
+            with folder_lock(folder, exclusive=True, wait=wait):
+                notes = recover_all(folder, resources)
+        elif any(not place.read_stack().patches for place in places(folder)):
+            # Left by a change that ended before it began, unless it is under way just now.
+            with suppress(BusyError), folder_lock(folder, exclusive=True):
+                recover_all(folder, resources)
     with reading(model_path(path), wait=wait) as source:
         if not isinstance(source, LocalSource):
             return Status(os.fspath(model), notes=notes)

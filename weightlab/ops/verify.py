@@ -64,7 +64,7 @@ def verify(
             with reading(base, key=key, wait=wait) as source:
                 found.notes.append(_check_base(patch, source, resources))
         return found
-    if base is not None:
+    if base is not None and model_path(path):
         raise UsageError(f"{os.fspath(path)} is a checkpoint, and --base is for a patch", "leave out --base")
     with reading(model_path(path), key=key, wait=wait) as source:
         return _checkpoint(os.fspath(path), source, resources)

@@ -72,6 +72,22 @@ class Resources:
     device: str = "cpu"
     progress: Callable[[int, int], None] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises:
+        UsageError: arithmetic cannot run on that device.
+        """
+        if self.device == "cpu":
+            return
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--device {self.device} cannot be used: {reason}", "leave it out, for cpu") from error
+
+    def expected_memory(self) -> int:
+        """Bytes that the interpreter and the tiles take at most; a step that needs a whole matrix takes more."""
+        return _INTERPRETER + self.workers() * _PER_THREAD
+
     def workers(self) -> int:
         """Threads that fit the memory budget.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,11 +11,9 @@ from weightlab_cli.options import Common
 
 
 @click.command()
-@click.argument("model")
-@click.argument("patches", nargs=-1, metavar="[PATCH[@SCALE]]...")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Write a new checkpoint: a folder, or NAME.safetensors."
-)
+@click.argument("model", type=options.operand)
+@click.argument("patches", nargs=-1, type=options.operand, metavar="[PATCH[@SCALE]]...")
+@options.out("Write a new checkpoint: a folder, or NAME.safetensors.")
 @click.option("--in-place", is_flag=True, help="Change MODEL itself; `weightlab remove` restores it bit for bit.")
 @options.include
 @options.exclude
@@ -24,14 +21,15 @@ from weightlab_cli.options import Common
 @options.key
 @options.links
 @options.allow_nonfinite
-@options.dry_run
+@options.dry_run(options.DRY_CHANGE)
 @options.wait
 @options.common
 def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any) -> None:
     """Put patches on a model: in place, or as a new checkpoint.
 
     Every touched tensor becomes round(clean + sum of scale × delta), computed from its clean bytes. Several patches may
-    be on at a time; their order does not matter. A negative scale takes a behaviour away.
+    be on at a time; their order does not matter. A negative scale takes a behaviour away. Without a patch, --out gets a
+    copy of the model as safetensors.
 
     \b
     Example:
@@ -44,4 +42,4 @@ def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any)
 
     with common.resources() as resources:
         outcome = wl.apply(model, list(patches), resources=resources, **chosen)
-    show_outcome(common.output, outcome)
+    show_outcome(common.output, outcome, resources)

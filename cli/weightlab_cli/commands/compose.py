@@ -9,22 +9,22 @@ import click
 
 from weightlab_cli import options
 from weightlab_cli.options import Common
-from weightlab_cli.output import size
 
 
 @click.command()
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH[@SCALE]...")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or a folder.")
-@click.option("--base", help="The patches' base; exact patches and exact results need it.")
+@click.argument("patches", nargs=-1, required=True, type=options.operand, metavar="PATCH[@SCALE]...")
+@options.out("NAME.safetensors, or a folder that is sharded at 5 GB.", required=True)
+@click.option("--base", type=options.operand, help="The patches' base; exact patches and exact results need it.")
 @options.encode
 @options.include
 @options.exclude
-@click.option("--license", help="The patch's licence; kept in the header.")
-@click.option("--notes", help="Anything to keep in the header.")
+@options.licence
+@options.notes
 @options.key
+@options.dry_run(options.DRY_PATCH)
 @options.wait
 @options.common
-def command(common: Common, patches: tuple[str, ...], out: Path, **chosen: Any) -> None:
+def command(common: Common, patches: tuple[str, ...], out: Path, dry_run: bool, **chosen: Any) -> None:
     """Add, scale and negate patches into one.
 
     \b
@@ -33,11 +33,11 @@ def command(common: Common, patches: tuple[str, ...], out: Path, **chosen: Any) 
       weightlab compose change.safetensors@-1 --base model/ -o back.safetensors
     """
     import weightlab as wl
+    from weightlab.files.atomic import refuse_existing
+    from weightlab.ops.inspect import inspect
+    from weightlab_cli.reports import show_patch
 
+    refuse_existing(out)
     with common.resources() as resources:
-        patch = wl.compose(list(patches), out, resources=resources, **chosen)
-    errors = [r.error.relative_l2 for r in patch.records.values() if r.error is not None]
-    report = {"path": str(out), "id": patch.id, "tensors": len(patch.records), "bytes": patch.nbytes()}
-    common.output.result(report | {"largest_relative_error": max(errors, default=0.0)})
-    common.output.line(f"{out}: {len(patch.records)} tensors, {size(patch.nbytes())}, id {patch.id[:12]}")
-    common.output.line(f"largest relative error of a tensor: {max(errors, default=0.0):.3g}")
+        patch = wl.compose(list(patches), None if dry_run else out, resources=resources, **chosen)
+    show_patch(common.output, str(out), inspect(patch, norms=False), resources, dry_run=dry_run)

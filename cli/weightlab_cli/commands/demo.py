@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from weightlab_cli import options
+
 
 @click.command()
 @click.option(
@@ -26,8 +28,9 @@ import click
     show_default=True,
     help="Where the picture goes.",
 )
+@options.debug
 def command(data: Path, keep: Path | None, picture: Path) -> None:
-    """Show the life of a patch on a real model and a real fine-tune of it, in a minute.
+    """Show the life of a patch on a real model, in a minute.
 
     \b
     Example:
@@ -37,7 +40,7 @@ def command(data: Path, keep: Path | None, picture: Path) -> None:
     from weightlab_evals.demo import demonstrate, find_wheel
 
     from weightlab.files.atomic import refuse_existing
-    from weightlab_cli.main import run
+    from weightlab_cli.main import invoke
 
     wheel, picture = find_wheel(data).absolute(), picture.absolute()
     with contextlib.ExitStack() as stack:
@@ -50,4 +53,4 @@ def command(data: Path, keep: Path | None, picture: Path) -> None:
         before = Path.cwd()
         os.chdir(work)  # so that the commands are printed as a user would type them
         stack.callback(os.chdir, before)
-        demonstrate(wheel, Path(), picture, run, click.echo)
+        demonstrate(wheel, Path(), picture, invoke, click.echo)

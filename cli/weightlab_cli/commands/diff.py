@@ -12,18 +12,13 @@ from weightlab_cli import options
 from weightlab_cli.options import Common
 from weightlab_cli.output import size
 
-_FOR_A_PATCH = ("encode", "base_name", "revision", "license", "notes", "allow_nonfinite")
+_FOR_A_PATCH = ("encode", "base_name", "revision", "license", "notes", "allow_nonfinite", "dry_run")
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="The patch: NAME.safetensors, or a folder that is sharded at 5 GB.",
-)
+@click.argument("base", type=options.operand)
+@click.argument("tuned", type=options.operand)
+@options.out("The patch: NAME.safetensors, or a folder that is sharded at 5 GB.")
 @options.encode
 @options.include
 @options.exclude
@@ -37,14 +32,18 @@ _FOR_A_PATCH = ("encode", "base_name", "revision", "license", "notes", "allow_no
 @options.key
 @click.option("--base-name", metavar="ORG/NAME", help="What the base is called on the Hub; kept in the header.")
 @click.option("--revision", help="The base's revision; kept in the header.")
-@click.option("--license", help="The patch's licence; kept in the header.")
-@click.option("--notes", help="Anything to keep in the header.")
+@options.licence
+@options.notes
 @options.allow_nonfinite
-@click.option("--exit-code", is_flag=True, help="Without -o: end with 1 when the models differ.")
+@click.option("--exit-code", is_flag=True, help="Without -o: end with 1 when the models differ, 0 when they do not.")
+@options.dry_run(options.DRY_PATCH)
 @options.wait
 @options.common
 def command(common: Common, base: str, tuned: str, out: Path | None, exit_code: bool, **chosen: Any) -> None:
-    """Take TUNED - BASE and keep it as a patch; without -o, say how the two differ.
+    """Take the difference of two models as a patch, or just show it.
+
+    The patch takes BASE to TUNED. Without -o nothing is written: a table says where the two differ, and with
+    --exit-code the exit code says whether (1 otherwise means a bug).
 
     \b
     Example:
@@ -58,19 +57,15 @@ def command(common: Common, base: str, tuned: str, out: Path | None, exit_code: 
     if exit_code:
         raise UsageError("--exit-code is for a comparison", "leave out -o")
     import weightlab as wl
+    from weightlab.files.atomic import refuse_existing
     from weightlab.ops.inspect import inspect
+    from weightlab_cli.reports import show_patch
 
+    refuse_existing(out)
+    dry_run = chosen.pop("dry_run")
     with common.resources() as resources:
-        patch = wl.diff(base, tuned, out, resources=resources, **chosen)
-    found = inspect(patch, norms=False)
-    common.output.result({"path": str(out), **found.facts, "bytes": found.bytes, "full_bytes": found.full_bytes})
-    rows = [
-        [name, str(held["tensors"]), size(held["bytes"]), size(held["full_bytes"])]
-        for name, held in found.facts["encodings"].items()
-    ]
-    common.output.table(["encoding", "#tensors", "#stored", "#in full"], rows)
-    common.output.line(f"largest relative error of a tensor: {found.facts['largest_relative_error']:.3g}")
-    common.output.line(f"{out}: {len(patch.records)} tensors changed, id {patch.id[:12]}")
+        patch = wl.diff(base, tuned, None if dry_run else out, resources=resources, **chosen)
+    show_patch(common.output, str(out), inspect(patch, norms=False), resources, dry_run=dry_run)
 
 
 def _compare(common: Common, base: str, tuned: str, exit_code: bool, chosen: dict[str, Any]) -> None:

@@ -12,25 +12,27 @@ from weightlab_cli.output import size
 
 
 @click.command()
-@click.argument("path")
-@click.option("--base", help="For a patch: its base. Gives relative norms, and those of exact patches.")
-@click.option("--tensors", is_flag=True, help="A row a tensor instead of a row a layer.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw where the weights changed: FILE.png.")
+@click.argument("path", type=options.operand)
+@click.option("--base", type=options.operand, help="A patch's base: gives relative norms, and those of exact patches.")
+@click.option("--layers/--tensors", default=True, help="A row a layer, or a row a tensor.  [default: layers]")
+@click.option("--plot", "picture", type=Path, metavar="FILE.png", help="Draw where the weights changed.")
 @click.option("--no-norms", is_flag=True, help="Read headers only.")
 @options.key
+@options.dry_run(options.DRY_READ)
 @options.wait
 @options.common
 def command(
     common: Common,
     path: str,
     base: str | None,
-    tensors: bool,
+    layers: bool,
     picture: Path | None,
     no_norms: bool,
     key: str | None,
+    dry_run: bool,
     wait: float,
 ) -> None:
-    """Show what a checkpoint or a patch holds, with norms per layer.
+    """Show what a checkpoint or a patch holds, layer by layer, with norms.
 
     \b
     Example:
@@ -38,18 +40,25 @@ def command(
       weightlab inspect model/ --tensors --no-norms
     """
     import weightlab as wl
-    from weightlab_cli.reports import show_facts, show_layers, show_tensors
+    from weightlab_cli.reports import show_facts, show_layers, show_reading, show_tensors
 
     output = common.output
+    if picture is not None:
+        from weightlab.ops.plot import check_picture, plot
+
+        check_picture(picture)
     with common.resources() as resources:
+        if dry_run:
+            places = [path, *([] if base is None else [base])]
+            sizes = [wl.inspect(p, key=key, norms=False, wait=wait, resources=resources) for p in places]
+            show_reading(output, sizes, resources)
+            return
         found = wl.inspect(path, base=base, key=key, norms=not no_norms, wait=wait, resources=resources)
     if picture is not None:
-        from weightlab.ops.plot import plot
-
         plot(found, picture)
     output.result(found)
     show_facts(output, found)
-    (show_tensors if tensors else show_layers)(output, found)
+    (show_layers if layers else show_tensors)(output, found)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
     output.line(f"{len(found.tensors)} tensors ({kinds}), {found.parameters:,} parameters, {size(found.bytes)}")
     for note in found.notes:

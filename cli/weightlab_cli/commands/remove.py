@@ -11,19 +11,20 @@ from weightlab_cli.options import Common
 
 
 @click.command()
-@click.argument("model")
-@click.argument("patches", nargs=-1, metavar="[PATCH]...")
+@click.argument("model", type=options.operand)
+@click.argument("patches", nargs=-1, type=options.operand, metavar="[PATCH]...")
 @click.option("--all", "everything", is_flag=True, help="Take all patches off.")
 @click.option("--forget", "drop_record", is_flag=True, help="Only forget what is on; the files stay as they are.")
 @options.links
 @options.allow_nonfinite
-@options.dry_run
+@options.dry_run(options.DRY_CHANGE)
 @options.wait
 @options.common
 def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any) -> None:
-    """Take patches off a model, in any order; the last one leaves the first bytes and no trace.
+    """Take patches off a model again, bit for bit.
 
-    PATCH is the patch's file, what the file was called, or the beginning of its id: the file may be gone.
+    PATCH is the patch's file, what the file was called, or the beginning of its id: the file may be gone. The order
+    does not matter; the last one leaves the first bytes of the model and no trace.
 
     \b
     Example:
@@ -35,4 +36,4 @@ def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any)
 
     with common.resources() as resources:
         outcome = wl.remove(model, list(patches), resources=resources, **chosen)
-    show_outcome(common.output, outcome)
+    show_outcome(common.output, outcome, resources)

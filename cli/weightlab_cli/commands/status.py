@@ -10,10 +10,11 @@ from weightlab_cli.output import size
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=options.operand)
+@options.dry_run("Look only: an interrupted change is reported (exit code 5) and not ended.")
 @options.wait
 @options.common
-def command(common: Common, model: str, wait: float) -> None:
+def command(common: Common, model: str, dry_run: bool, wait: float) -> None:
     """Say which patches are on a model, and end a change that was interrupted.
 
     Exit code 5 when something else changed the files while patches were on.
@@ -27,7 +28,7 @@ def command(common: Common, model: str, wait: float) -> None:
 
     output = common.output
     with common.resources() as resources:
-        found = wl.status(model, wait=wait, resources=resources)
+        found = wl.status(model, dry_run=dry_run, wait=wait, resources=resources)
     output.result(found)
     show_stack(output, model, found.patches)
     if found.patches:
