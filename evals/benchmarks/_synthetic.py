@@ -1,30 +1,27 @@
-"""Synthetic Llama-shaped checkpoints, written and compared block by block, never as a whole in memory.
+"""Synthetic Llama-shaped checkpoints, written block by block, never as a whole in memory.
 
-Everything here that touches weights is meant to run in a process of its own, see `in_child`: the peak memory
-of the process that starts a measured command can show up in what the kernel reports for that command.
+`make` is meant to run in a process of its own (`in_child`): the peak memory of the process that starts a measured
+command can show up in what the kernel reports for that command.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import shutil
-import sqlite3
 import struct
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32_000
-HEADS, KEY_VALUE_HEADS = 32, 4
-KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
+VOCABULARY, HEAD = 32_000, 64
+WIDTHS = (2048, 1024, 512, 256)  # TinyLlama's, and smaller ones for models that would have few layers otherwise
+FEWEST_LAYERS = 4
 DEVIATION = 0.02
 RELATIVE_CHANGE = 0.01
 PARTIAL_SHARE = 0.05
@@ -33,13 +30,6 @@ _MADE = "made.json"
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
-Result = TypeVar("Result")
-
-
-def in_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls `function` in a fresh process, so that this one stays small."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 @dataclass(frozen=True)
@@ -48,35 +38,46 @@ class Shape:
 
     layers: int
     shard_bytes: int
+    width: int = WIDTHS[0]
 
     @classmethod
     def for_parameters(cls, parameters: float, shard_bytes: int) -> Shape:
-        """The nearest whole number of layers, at least one; the width is TinyLlama's at every size."""
-        empty = cls(0, shard_bytes)
-        layer = cls(1, shard_bytes).parameters - empty.parameters
-        return cls(max(1, round((parameters - empty.parameters) / layer)), shard_bytes)
+        """The nearest whole number of layers, of the largest width that leaves a few of them."""
+        widest = [cls(0, shard_bytes, width).scaled(parameters) for width in WIDTHS]
+        return next((shape for shape in widest if shape.layers >= FEWEST_LAYERS), widest[-1])
+
+    def scaled(self, parameters: float) -> Shape:
+        """With more or fewer layers, at least one; of the same width."""
+        empty, one = replace(self, layers=0).parameters, replace(self, layers=1).parameters
+        return replace(self, layers=max(1, round((parameters - empty) / (one - empty))))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
-        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+        width, inner, shared = self.width, self.width * 11 // 4, self._shared_heads * HEAD
+        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, width)}
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             tensors |= {
-                f"{prefix}input_layernorm.weight": (HIDDEN,),
-                f"{prefix}self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-                f"{prefix}self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
-                f"{prefix}self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
-                f"{prefix}self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-                f"{prefix}post_attention_layernorm.weight": (HIDDEN,),
-                f"{prefix}mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-                f"{prefix}mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-                f"{prefix}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+                f"{prefix}input_layernorm.weight": (width,),
+                f"{prefix}self_attn.q_proj.weight": (width, width),
+                f"{prefix}self_attn.k_proj.weight": (shared, width),
+                f"{prefix}self_attn.v_proj.weight": (shared, width),
+                f"{prefix}self_attn.o_proj.weight": (width, width),
+                f"{prefix}post_attention_layernorm.weight": (width,),
+                f"{prefix}mlp.gate_proj.weight": (inner, width),
+                f"{prefix}mlp.up_proj.weight": (inner, width),
+                f"{prefix}mlp.down_proj.weight": (width, inner),
             }
-        return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+        return tensors | {"model.norm.weight": (width,), "lm_head.weight": (VOCABULARY, width)}
+
+    @property
+    def _shared_heads(self) -> int:
+        """The heads of keys and values: one for eight of the queries, as in TinyLlama."""
+        return max(1, self.width // HEAD // 8)
 
     @property
     def parameters(self) -> int:
-        return sum(_elements(shape) for shape in self.tensors().values())
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     @property
     def bytes(self) -> int:
@@ -85,20 +86,20 @@ class Shape:
     def partial(self) -> list[str]:
         """Names of the tensors that make up PARTIAL_SHARE of the bytes, spread over the layers."""
         candidates = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for kind in "qo" for i in range(self.layers)]
-        count = min(len(candidates), max(1, round(PARTIAL_SHARE * self.parameters / HIDDEN**2)))
+        count = min(len(candidates), max(1, round(PARTIAL_SHARE * self.parameters / self.width**2)))
         if count <= self.layers:
             return [candidates[i * self.layers // count] for i in range(count)]
         return candidates[:count]
 
     def partial_bytes(self) -> int:
-        return 2 * sum(_elements(self.tensors()[name]) for name in self.partial())
+        return 2 * sum(math.prod(self.tensors()[name]) for name in self.partial())
 
     def shards(self) -> list[list[str]]:
         """Names by shard, in order; a shard ends before the tensor that would take it over `shard_bytes`."""
         shards: list[list[str]] = [[]]
         filled = 0
         for name, shape in self.tensors().items():
-            size = 2 * _elements(shape)
+            size = 2 * math.prod(shape)
             if shards[-1] and filled + size > self.shard_bytes:
                 shards.append([])
                 filled = 0
@@ -111,11 +112,11 @@ class Shape:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
+            "hidden_size": self.width,
+            "intermediate_size": self.width * 11 // 4,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KEY_VALUE_HEADS,
+            "num_attention_heads": self.width // HEAD,
+            "num_key_value_heads": self._shared_heads,
             "vocab_size": VOCABULARY,
             "hidden_act": "silu",
             "max_position_embeddings": 2048,
@@ -194,50 +195,12 @@ def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[st
     return noted
 
 
-def differing(left: Path, right: Path) -> dict[str, Any]:
-    """Compares two checkpoints, whatever their shards; `right` may be a reminis database.
-
-    Returns:
-        How many bf16 values differ in their bits, out of how many, and the names only one of them has.
-    """
-    mine, found = _Checkpoint(left), _Database(right) if right.suffix == ".db" else _Checkpoint(right)
-    count = total = 0
-    for name in mine.names & found.names:
-        ours, theirs = mine.bits(name), found.bits(name)
-        total += ours.size
-        if ours.size != theirs.size:
-            count += ours.size
-            continue
-        for start in range(0, ours.size, _BLOCK):
-            count += int(np.count_nonzero(ours[start : start + _BLOCK] != theirs[start : start + _BLOCK]))
-    return {"differing_values": count, "values": total, "names_in_one_only": len(mine.names ^ found.names)}
-
-
-def digests(model: Path) -> dict[str, str]:
-    """SHA-256 of each safetensors file of a folder, by name."""
-    found = {}
-    for path in sorted(model.glob("*.safetensors")):
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
-        found[path.name] = digest.hexdigest()
-    return found
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
-
-
 def _header(names: list[str], shapes: dict[str, tuple[int, ...]]) -> bytes:
     """The safetensors header: its length in eight bytes, then JSON padded to a multiple of eight."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        end = offset + 2 * _elements(shapes[name])
+        end = offset + 2 * math.prod(shapes[name])
         header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -253,7 +216,7 @@ def _blocks(index: int, shape: tuple[int, ...]) -> Iterator[tuple[Bits, Bits]]:
     """
     generator = np.random.default_rng([20240229, index])
     scale = np.float32(RELATIVE_CHANGE * DEVIATION / 15**0.5)  # E[x⁶] = 15
-    left = _elements(shape)
+    left = math.prod(shape)
     while left:
         count = min(left, _BLOCK)
         weights = generator.standard_normal(count, dtype=np.float32) * np.float32(DEVIATION)
@@ -275,35 +238,3 @@ def _rounded(values: Floats) -> Bits:
 
 def _widened(bits: Bits) -> Floats:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-class _Checkpoint:
-    """The 16-bit tensors of the safetensors files of a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._places: dict[str, tuple[Path, int, int]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, end = entry["data_offsets"]
-                self._places[name] = (path, 8 + length + start, (end - start) // 2)
-        self.names = set(self._places)
-
-    def bits(self, name: str) -> Bits:
-        path, offset, count = self._places[name]
-        return np.memmap(path, dtype=np.uint16, mode="r", offset=offset, shape=(count,))
-
-
-class _Database:
-    """The tensors of a reminis database, which keeps each as one blob."""
-
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        self.names = {str(name) for (name,) in self._connection.execute("SELECT name FROM tensors")}
-
-    def bits(self, name: str) -> Bits:
-        (blob,) = self._connection.execute("SELECT data FROM tensors WHERE name = ?", (name,)).fetchone()
-        return np.frombuffer(blob, dtype=np.uint16)
