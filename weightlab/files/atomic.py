@@ -57,18 +57,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     refuse_existing(path)
     temporary = _temporary(path)
-    disk.make_folder(temporary)
-    fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = -1
     try:
+        disk.make_folder(temporary)
+        fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_SH)
         yield temporary
         sync_tree(temporary)
         disk.rename(temporary, path.absolute())
     except BaseException:
-        disk.remove_tree(temporary)
+        if temporary.is_dir():
+            disk.remove_tree(temporary)
         raise
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
     disk.sync_folder(path.absolute().parent)
 
 

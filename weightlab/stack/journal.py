@@ -211,6 +211,7 @@ def _undo(place: StatePlace, state: StackState, intent: Intent, busy: Sequence[s
 def collect_garbage(place: StatePlace) -> None:
     """Removes kept bytes and patches that nothing refers to; everything, when no patch is on. Safe to repeat."""
     if not place.folder.is_dir():
+        _remove_empty(place.checkpoint / FOLDER)
         return
     state = place.read_stack()
     used = {t.original.file for t in state.tensors.values()}
@@ -225,9 +226,13 @@ def collect_garbage(place: StatePlace) -> None:
         disk.sync_folder(place.originals)  # the record goes after what it vouches for
     disk.unlink(place.stack, missing_ok=True)
     for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER):
-        if folder.is_dir() and not any(folder.iterdir()):
-            disk.remove_folder(folder)
+        _remove_empty(folder)
     disk.sync_folder(place.checkpoint)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        disk.remove_folder(folder)
 
 
 def _clear(folder: Path, keep: Iterable[str]) -> None:

@@ -217,6 +217,7 @@ class _Change:
         patches: Sequence[Patch],
     ) -> Changed:
         place, options = self.place, self.options
+        known: CleanSource | None = None
         try:
             self._require_room(rewrite, patches)
             for folder in (place.checkpoint / FOLDER, place.folder, place.originals, place.patches):
@@ -230,13 +231,8 @@ class _Change:
             own = self._own_copies(rewrite)
             for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER, place.checkpoint):
                 disk.sync_folder(folder)
-        except BaseException:
-            with uninterrupted():
-                journal.collect_garbage(place)
-            raise
-        intent = Intent(new=new, shards=self._shards(rewrite), rewrite=[t.spec.name for t in rewrite])
-        known = CleanSource(self.source, place.originals, {**new.tensors, **self.state.tensors})
-        try:
+            intent = Intent(new=new, shards=self._shards(rewrite), rewrite=[t.spec.name for t in rewrite])
+            known = CleanSource(self.source, place.originals, {**new.tensors, **self.state.tensors})
             journal.begin(place, intent)
             expected = {name: digests[1] for name, digests in found.items()}
             journal.write_shards(
@@ -250,12 +246,14 @@ class _Change:
                 self._go_back(error)
             raise
         finally:
-            known.close()
+            if known is not None:
+                known.close()
         return Changed(new, len(rewrite), self._bytes(rewrite), own)
 
     def _go_back(self, error: BaseException) -> None:
         try:
-            journal.recover(self.place, self.options.resources)
+            if journal.recover(self.place, self.options.resources) is None:  # it had not begun
+                journal.collect_garbage(self.place)
         except WeightlabError as second:
             second.remedy += f" (the change was undone because: {error}); then run `weightlab status {self.path}`"
             raise second from error
