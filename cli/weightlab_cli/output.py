@@ -20,7 +20,8 @@ from weightlab.errors import WeightlabError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_SHOWN = 40
+_SHOWN = 40  # offenders on the screen
+_FOLDED = 12  # columns that are left to a name on a narrow terminal
 
 
 def print_error(error: WeightlabError, as_json: bool) -> None:
@@ -99,27 +100,29 @@ class Output:
 
 
 def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
-    """On a terminal as wide as that, or a little wider where a number needs it; else a row a line, without styles."""
+    """On a terminal names are folded to its width, and numbers never; else a row a line, without styles."""
+    from rich.cells import cell_len
     from rich.console import Console
-    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
+    rows = [[printable(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, show_header=any(columns))
-    for column in columns:
-        number = column.startswith("#")
-        table.add_column(
-            Text(column.lstrip("#")), justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+    widest = least = 2 * (len(columns) - 1)
+    for index, column in enumerate(columns):
+        number, head = column.startswith("#"), column.lstrip("#")
+        table.add_column(Text(head), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        width = max(cell_len(text) for text in (head, *(row[index] for row in rows)))
+        widest += width
+        least += width if number else min(width, _FOLDED)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     terminal = sys.stdout.isatty()
     text = io.StringIO()
     console = Console(
         file=text, force_terminal=terminal, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False
     )
-    measured = Measurement.get(console, console.options.update(max_width=2**16), table)
-    console.width = max(console.width, measured.minimum) if terminal else measured.maximum
+    console.width = max(console.width, least) if terminal else widest
     console.print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join([printable(title), *lines] if title else lines)
