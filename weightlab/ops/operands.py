@@ -41,12 +41,20 @@ def model_path(operand: PathLike) -> Path:
     if path.exists():
         return path
     if text.startswith(_HUB) or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix):
-        name = text.removeprefix(_HUB)
         raise MissingInputError(
             f"{text}: no such path (and names on the Hub are not fetched here)",
-            f"download it first, for example: hf download {name} --local-dir {name.split('/')[-1]}",
+            f"download it first, for example: {_download(text.removeprefix(_HUB))}",
         )
     raise MissingInputError(f"{text}: no such file or folder", "check the path")
+
+
+def _download(name: str) -> str:
+    """The command that fetches `org/name[@revision][/file]`."""
+    owner, _, rest = name.partition("/")
+    model, *file = rest.split("/", 1)
+    model, _, revision = model.partition("@")
+    words = ["hf download", f"{owner}/{model}", *file, *([f"--revision {revision}"] if revision else [])]
+    return " ".join([*words, f"--local-dir {model}"])
 
 
 @contextmanager
