@@ -29,7 +29,8 @@ def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None
     done += " to write" if dry else " written"
     if outcome.bytes_copied:
         done += f", {size(outcome.bytes_copied)} {'to copy' if dry else 'copied'}"
-    output.line(done)
+    if outcome.tensors or outcome.bytes_copied or not outcome.notes:  # else the notes say it all
+        output.line(done)
     _show_memory(output, resources, dry)
     for note in outcome.notes:
         output.line(note)

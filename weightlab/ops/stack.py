@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from weightlab.errors import BusyError, IntegrityError, StackError, UsageError
+from weightlab.errors import BusyError, IntegrityError, MissingInputError, StackError, UsageError
 from weightlab.files.lock import folder_lock
 from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
@@ -53,7 +53,7 @@ def remove(
     if drop_record:
         if dry_run:
             raise UsageError("--forget has no dry run", "see what is on with `weightlab status`")
-        return Outcome(os.fspath(model), notes=forget(Path(model), wait))
+        return Outcome(os.fspath(model), notes=_forget(Path(model), wait))
     for operand in operands:
         if not isinstance(operand, Patch) and parse_patch(os.fspath(operand))[1] is not None:
             raise UsageError(f"{os.fspath(operand)}: a patch is taken off whole", "leave out the scale")
@@ -63,6 +63,12 @@ def remove(
         return [(name, entry) for name, entry in on if entry.patch.id not in gone]
 
     return _change(model, decide, ChangeOptions(links, allow_nonfinite, wait, dry_run, resources or Resources()))
+
+
+def _forget(path: Path, wait: float) -> list[str]:
+    if not path.exists() and not places(folder_of(path)):  # while a change is interrupted, the file may be missing
+        raise MissingInputError(f"{path}: no such file or folder", "check the path")
+    return forget(path, wait) or ["nothing was on it"]
 
 
 def scale(
@@ -79,6 +85,7 @@ def scale(
     """Changes the strength of a patch that is on; every tensor is computed from its clean bytes.
 
     Raises:
+        UsageError: the scale is no finite number of fp32.
         StackError: the patch is not on; lists what is.
     """
     new = round_scale(scale)

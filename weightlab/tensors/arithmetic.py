@@ -6,6 +6,7 @@ for fp64 tensors) and rounded once to the storage dtype. Elements whose every te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weightlab.errors import UsageError
 from weightlab.tensors.spec import BY_TORCH, DType
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,8 +31,16 @@ _CANONICAL_NAN = {
 
 
 def round_scale(scale: float) -> float:
-    """The scale as arithmetic uses it: rounded to fp32 once."""
-    return float(np.float32(scale))
+    """The scale as arithmetic uses it: rounded to fp32 once.
+
+    Raises:
+        UsageError: it is no finite number of fp32.
+    """
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(scale))
+    if not math.isfinite(rounded):
+        raise UsageError(f"{scale:g} is no scale", "give a finite number, for example 0.5 or -1")
+    return rounded
 
 
 def bits(tensor: Tensor) -> Tensor:
