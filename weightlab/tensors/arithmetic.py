@@ -17,7 +17,8 @@ from torch import Tensor
 from weightlab.errors import UsageError
 from weightlab.tensors.spec import BY_TORCH, DType
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = _SIGNED | {1: torch.uint8}
 _CANONICAL_NAN = {
     "F64": 0x7FF8000000000000,
     "F32": 0x7FC00000,
@@ -50,11 +51,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Faults:
-    """What went wrong in a tile; all false is a good tile."""
+    """What went wrong in a tile. `finite`: nothing, and every element of the result is finite."""
 
     input_nonfinite: bool = False
     delta_nonfinite: bool = False
     overflow: bool = False
+    finite: bool = False
 
 
 def is_finite(values: Tensor) -> bool:
@@ -88,27 +90,31 @@ def add_terms(
         what is wrong with the tile; when anything is, `out` must not be used.
     """
     work.copy_(base)
-    first = True
     for scale, delta in terms:
-        torch.ne(delta, 0, out=changed if first else changed_too)
-        if not first:
-            torch.logical_or(changed, changed_too, out=changed)
         if scale == 1.0:
             work.add_(delta)
         else:
             torch.mul(delta, scale, out=product)
             work.add_(product)
-        first = False
     dtype = BY_TORCH[base.dtype]
     faults = _inspect(base, terms, work, dtype, allow_nonfinite)
     out.copy_(work)
+    if faults.finite and not _has_negative_zero(base):
+        return faults  # adding a zero has given back the very bits
     if allow_nonfinite:
         bits(out)[torch.isnan(work)] = _as_signed(_CANONICAL_NAN[dtype.name], dtype)
-    if not first:
-        torch.where(changed, bits(out), bits(base), out=bits(out))
-    else:
-        bits(out).copy_(bits(base))
+    changed.fill_(False)
+    for _, delta in terms:
+        torch.ne(delta, 0, out=changed_too)
+        torch.logical_or(changed, changed_too, out=changed)
+    torch.where(changed, bits(out), bits(base), out=bits(out))
     return faults
+
+
+def _has_negative_zero(values: Tensor) -> bool:
+    """Whether any element is -0.0 (as a signed integer of the same width, the smallest there is)."""
+    signed = values.view(_SIGNED[values.element_size()])
+    return int(signed.amin()) == torch.iinfo(signed.dtype).min
 
 
 def _inspect(
@@ -116,7 +122,7 @@ def _inspect(
 ) -> Faults:
     low, high = (float(v) for v in torch.aminmax(result))
     if -dtype.limit < low and high < dtype.limit:  # false for NaN too
-        return Faults()
+        return Faults(finite=True)
     base_bad = not is_finite(base)
     delta_bad = not all(is_finite(delta) for _, delta in terms)
     if not (base_bad or delta_bad):
