@@ -130,11 +130,12 @@ def encode(jobs: Sequence[Job], writer: PatchWriter, faults: Faults, resources: 
             if job.base_digest is not None:
                 job.base_digest.update(base.numpy().data)
             job.tuned_digest.update(tuned.numpy().data)
-            for part, values in pieces.items():
-                writer.append(job.pair.name, part, values)
+            writes = [writer.reserve(job.pair.name, part, values) for part, values in pieces.items()]
             job.distance = job.distance.joined(measured)
             if job.parts is not None and stop == job.pair.tuned_spec.numel:
                 job.parts.release()
+        for write in writes:
+            write()
         progress.advance(base.numel() + tuned.numel())
 
     run(tasks(), work, resources, turns)

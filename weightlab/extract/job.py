@@ -18,6 +18,8 @@ from weightlab.patches.header import Errors
 from weightlab.patches.parts import StoredParts
 from weightlab.tensors.arithmetic import is_finite
 
+_ROW = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Distance:
@@ -48,7 +50,8 @@ def distance(delta: Tensor, decoded: Tensor, work: Tensor) -> Distance:
         if not delta.numel():
             return Distance()
     torch.sub(decoded, delta, out=work)
-    return Distance(_largest(work), _norm(work), _norm(delta))
+    largest = _largest(work)
+    return Distance(largest, _norm(work, largest), _norm(delta, _largest(delta)))
 
 
 def _largest(values: Tensor) -> float:
@@ -56,12 +59,22 @@ def _largest(values: Tensor) -> float:
     return max(-low, high)
 
 
-def _norm(values: Tensor) -> float:
-    """The Euclidean norm, summed in fp64."""
+def _norm(values: Tensor, largest: float) -> float:
+    """The Euclidean norm; fp32 is summed in short rows, and those in fp64.
+
+    Args:
+        largest: the largest magnitude in `values`.
+    """
+    if not largest:
+        return 0.0
     if values.dtype == torch.float64:
-        size = _largest(values)
-        return size * float(torch.linalg.vector_norm(values / size)) if size else 0.0
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        return largest * float(torch.linalg.vector_norm(values / largest))
+    if not 1e-12 < largest < 1e15:  # squares would leave the range of fp32
+        return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    whole = values.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)
+    both = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, values[whole:]))
+    return math.hypot(*map(float, both))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,6 +20,7 @@ from weightlab.errors import UsageError
 from weightlab.files import disk
 from weightlab.files.container import build_header, layout
 from weightlab.files.digest import Turns, tensor_hasher
+from weightlab.files.write_behind import WriteBehind
 from weightlab.patches.compute import Offences, check_result, compute_tile, read_clean
 from weightlab.patches.fit import Fit, Target
 from weightlab.sources import Source
@@ -163,8 +163,7 @@ class _Writer:
             for n, t in fit.targets.items()
             if t.result_digest is not None
         }
-        self._syncs: list[Future[None]] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._behind = WriteBehind()
         self.computed = self.copied = 0
         for file in files:
             file.path = folder / file.name
@@ -177,6 +176,7 @@ class _Writer:
 
         def work(task: _Task, workspace: Workspace) -> None:
             self._do(task, workspace)
+            self._behind.wrote(task.file.fd, task.count, task.file.path)
             progress.advance(task.count)
             with self._lock:
                 task.file.pending -= 1
@@ -193,10 +193,9 @@ class _Writer:
             self._offences.raise_any()
             for name, hasher in self._hashers.items():
                 check_result(self._fit.targets[name], hasher.hexdigest())
-            for sync in self._syncs:
-                sync.result()
+            self._behind.wait()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._behind.close()
             for file in self._files:
                 if file.fd >= 0:
                     os.close(file.fd)
@@ -204,9 +203,9 @@ class _Writer:
         return Written(self.computed, self.copied)
 
     def _finish(self, file: OutputFile) -> None:
-        """The header, last; then the disk is told to begin while the next file is computed."""
+        """The header, last."""
         disk.write_at(file.fd, file.head, 0, file.path)
-        self._syncs.append(self._pool.submit(disk.sync_file, file.fd, file.path))
+        self._behind.finish(file.fd, file.path)
 
     def _tasks(self) -> Iterator[_Task]:
         turn = 0

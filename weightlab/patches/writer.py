@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from weightlab.files import disk
 from weightlab.files.container import MAX_HEADER, build_header, layout
 from weightlab.files.digest import PartDigest
 from weightlab.files.disk import read_exactly
+from weightlab.files.write_behind import WriteBehind
 from weightlab.patches.header import KEY, Part, PatchHeader, Record, Shard, canonical
 from weightlab.patches.layout import INDEX_NAME, StoredTensor, entry_name, shard_name, split
 from weightlab.patches.parts import Extent, StoredParts
@@ -98,6 +99,7 @@ class PatchWriter:
         self._place = place
         self._digests: dict[tuple[str, str], PartDigest] = {}
         self._written: dict[tuple[str, str], int] = defaultdict(int)
+        self._behind = WriteBehind()
         draft = _at_worst(draft, tensors)
         for index, file in enumerate(self._files):
             worst = dict(file.specs)
@@ -129,6 +131,13 @@ class PatchWriter:
 
     def append(self, name: str, part: str, values: Tensor) -> None:
         """Writes the next values of a part. Calls for one patch come in the order of the tensors' tiles."""
+        self.reserve(name, part, values)()
+
+    def reserve(self, name: str, part: str, values: Tensor) -> Callable[[], None]:
+        """The half of `append` that must come in order: takes the digest and the place; what it returns writes.
+
+        So that threads write at the same time. `values` must stay as they are until then.
+        """
         raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
         file = self._file_of[name]
         entry, key = entry_name(name, part), (name, part)
@@ -137,11 +146,17 @@ class PatchWriter:
             self._digests[key] = PartDigest(spec.dtype if spec else "U8")
             if spec is None:
                 file.offsets[entry] = file.end
-        disk.write_at(file.fd, raw, file.header_bytes + file.offsets[entry] + self._written[key], file.path)
+        position = file.header_bytes + file.offsets[entry] + self._written[key]
         self._digests[key].update(raw)
         self._written[key] += raw.nbytes
         if spec is None:
             file.end += raw.nbytes
+
+        def write() -> None:
+            disk.write_at(file.fd, raw, position, file.path)
+            self._behind.wrote(file.fd, raw.nbytes, file.path)
+
+        return write
 
     def take(self, name: str, parts: Sequence[str], spool: Spool) -> None:
         """Writes parts that lie in the spool."""
@@ -183,7 +198,7 @@ class PatchWriter:
             metadata = self._metadata(header, index, patch_id)
             head = build_header(file.specs, file.offsets, metadata, size=file.header_bytes)
             disk.write_at(file.fd, head, 0, file.path)
-            disk.sync_file(file.fd, file.path)
+            self._behind.finish(file.fd, file.path)
         if self._sharded and len(self._files) > 1:
             weight_map = {entry: f.path.name for f in self._files for entry in f.specs}
             total = sum(s.nbytes for f in self._files for s in f.specs.values())
@@ -194,8 +209,10 @@ class PatchWriter:
                 disk.write_at(fd, content.encode(), 0, path)
             finally:
                 os.close(fd)
+        self._behind.wait()
 
     def close(self) -> None:
+        self._behind.close()
         for file in self._files:
             if file.fd >= 0:
                 os.close(file.fd)
