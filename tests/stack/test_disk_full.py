@@ -223,12 +223,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def _fill(path: Path, leave: int) -> None:
     """Makes a file of all the room there is but so much."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
     with pytest.raises(OSError, match="No space left"):
-        while os.write(fd, bytes(4096)):
-            pass
-    os.ftruncate(fd, max(0, os.fstat(fd).st_size - leave))
-    os.close(fd)
+        path.write_bytes(bytes(2**20))
+    os.truncate(path, max(0, path.stat().st_size - leave))
 
 
 @pytest.mark.parametrize("what", ["apply", "apply a second", "remove one", "apply to a folder", "diff to a folder"])

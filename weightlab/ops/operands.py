@@ -32,13 +32,11 @@ def model_path(operand: PathLike) -> Path:
 
     Raises:
         MissingInputError: nothing is there, or it is a name on the Hub.
-        IntegrityError: a change of it was interrupted and has not been undone yet.
     """
     text = os.fspath(operand)
     path = Path(text)
-    if folder_of(path).is_dir():  # first: while a change is interrupted, the file itself may be missing
-        refuse_pending(path)
-    if path.exists():
+    # In the middle of a change the file has another name; whether that is under way or was broken off, the lock tells.
+    if path.exists() or pending(folder_of(path)) or path.exists():
         return path
     if text.startswith(_HUB) or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix):
         raise MissingInputError(
