@@ -8,14 +8,22 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from weightlab.errors import BusyError, IntegrityError, MissingInputError, StackError, UsageError
+from weightlab.errors import (
+    BusyError,
+    InputError,
+    IntegrityError,
+    MissingInputError,
+    StackError,
+    UsageError,
+    WeightlabError,
+)
 from weightlab.files.lock import folder_lock
 from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
-from weightlab.stack.guards import On, check_unchanged, folder_of, recover_all
-from weightlab.stack.state import StatePlace, pending, places
+from weightlab.stack.guards import On, check_unchanged, folder_of, recorded, recover_all, refuse_gone, unreadable
+from weightlab.stack.state import StackState, StatePlace, pending, places
 from weightlab.stack.transaction import ChangeOptions, Links, change, forget
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
@@ -118,25 +126,46 @@ def status(model: PathLike, *, dry_run: bool = False, wait: float = 0.0, resourc
             # Left by a change that ended before it began, unless it is under way just now.
             with suppress(BusyError), folder_lock(folder, exclusive=True):
                 recover_all(folder, resources)
-    with reading(model_path(path), wait=wait) as source:
-        if not isinstance(source, LocalSource):
-            return Status(os.fspath(model), notes=notes)
-        place = StatePlace(source.folder, source.anchor)
-        state = place.read_stack()
-        try:
-            check_unchanged(path, source, state, resources)
-            intact = True
-        except IntegrityError as error:
-            intact = False
-            notes += [error.message, *error.offenders, error.remedy]
-        return Status(
-            os.fspath(model),
-            [PatchOnInfo(p.id, p.name, p.scale) for p in state.patches],
-            tensors=len(state.tensors),
-            kept_bytes=sum(source.specs[n].nbytes for n in state.tensors if n in source.specs),
-            intact=intact,
-            notes=notes,
-        )
+    try:
+        with reading(model_path(path), wait=wait) as source:
+            refuse_gone(path)
+            if not isinstance(source, LocalSource):
+                return Status(os.fspath(model), notes=notes)
+            return _status(os.fspath(model), source, notes, resources)
+    except (InputError, IntegrityError) as error:
+        found = None if pending(folder) else recorded(path)
+        if found is None:
+            raise
+        place, state = found
+        wrong = error if isinstance(error, IntegrityError) else unreadable(path, place, error)
+        kept = sum(f.stat().st_size for f in place.originals.iterdir()) if place.originals.is_dir() else 0
+        return Status(os.fspath(model), _on(state), len(state.tensors), kept, False, [*notes, *_lines(wrong)])
+
+
+def _status(model: str, source: LocalSource, notes: list[str], resources: Resources) -> Status:
+    state = StatePlace(source.folder, source.anchor).read_stack()
+    intact = True
+    try:
+        check_unchanged(Path(model), source, state, resources)
+    except IntegrityError as error:
+        intact = False
+        notes = [*notes, *_lines(error)]
+    if Path(model).is_dir():
+        notes += [
+            f"patches are on {p.anchor} beside it: see `weightlab status {p.checkpoint / p.anchor}`"
+            for p in places(Path(model))
+            if p.anchor != source.anchor and p.read_stack().patches
+        ]
+    kept = sum(source.specs[n].nbytes for n in state.tensors if n in source.specs)
+    return Status(model, _on(state), len(state.tensors), kept, intact, notes)
+
+
+def _on(state: StackState) -> list[PatchOnInfo]:
+    return [PatchOnInfo(p.id, p.name, p.scale) for p in state.patches]
+
+
+def _lines(error: WeightlabError) -> list[str]:
+    return [error.message, *error.offenders, error.remedy]
 
 
 def _change(model: PathLike, decide: Callable[[Sequence[On]], list[On]], options: ChangeOptions) -> Outcome:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError
+from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError, WeightlabError
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.sources import Source
@@ -23,6 +23,8 @@ On: TypeAlias = tuple[str, StackEntry]
 REMEDY = (
     "restore the files from a copy, or keep them and drop what weightlab knows of them: weightlab remove {} --forget"
 )
+
+_CHANGED = "{}: something else changed it while patches were on, so they cannot be taken off"
 
 
 def folder_of(path: Path) -> Path:
@@ -48,12 +50,13 @@ def place_of(path: Path) -> StatePlace:
 
     Raises:
         NotPatchableError: it cannot be changed in place; says why.
-        IntegrityError: a change was interrupted and has not been undone.
+        IntegrityError: a change was interrupted and has not been undone, or the files are gone that patches are on.
     """
     folder = folder_of(path)
     begun = pending(folder)
     if begun:
         raise IntegrityError(f"{path}: a change of it was interrupted", "run the command without --dry-run")
+    refuse_gone(path)
     anchor = find_anchor(path)
     if anchor is None:
         if not path.exists():
@@ -77,6 +80,38 @@ def place_of(path: Path) -> StatePlace:
     return StatePlace(resolved, anchor.name)
 
 
+def recorded(path: Path) -> tuple[StatePlace, StackState] | None:
+    """What is recorded as being on the checkpoint at `path`, whether or not its files can be read; None: nothing."""
+    folder = folder_of(path)
+    named = [p for p in places(folder) if path.is_dir() or p.anchor == path.name]
+    known = [(place, state) for place in named if (state := place.read_stack()).patches]
+    for place, state in known:
+        if not (folder / place.anchor).is_file():
+            return place, state
+    anchor = find_anchor(path) if known else None
+    return next((found for found in known if anchor is not None and found[0].anchor == anchor.name), None)
+
+
+def unreadable(path: Path, place: StatePlace, why: WeightlabError | None = None) -> IntegrityError:
+    """The error for a checkpoint with patches on it that cannot be opened any more.
+
+    Args:
+        why: what opening it met; not needed where the file or index itself is gone.
+    """
+    if why is None or not (place.checkpoint / place.anchor).is_file():
+        return IntegrityError(_CHANGED.format(path), REMEDY.format(path), [f"{place.anchor}: not there any more"])
+    return IntegrityError(_CHANGED.format(path), REMEDY.format(path), [why.message, *why.offenders])
+
+
+def refuse_gone(path: Path) -> None:
+    """Raises:
+    IntegrityError: patches are on a file or index that is gone, as after a model was saved over it in another form.
+    """
+    found = recorded(path)
+    if found is not None and not (found[0].checkpoint / found[0].anchor).is_file():
+        raise unreadable(path, found[0])
+
+
 def check_unchanged(path: Path, source: LocalSource, state: StackState, resources: Resources) -> None:
     """Checks that the touched tensors are as weightlab left them.
 
@@ -95,7 +130,7 @@ def check_unchanged(path: Path, source: LocalSource, state: StackState, resource
         wrong = [f"{n}: changed" for n, touched in state.tensors.items() if found[n] != touched.now]
     if wrong:
         raise IntegrityError(
-            f"{path}: something else changed it while patches were on, so they cannot be taken off",
+            _CHANGED.format(path),
             REMEDY.format(path),
             wrong,
         )
@@ -108,6 +143,8 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
     Raises:
         IntegrityError: the files are not as weightlab left them.
     """
+    if source.path is not None:
+        refuse_gone(source.path)
     if not isinstance(source, LocalSource):
         yield source, []
         return

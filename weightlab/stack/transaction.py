@@ -10,16 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError, WeightlabError
+from weightlab.errors import (
+    InputError,
+    IntegrityError,
+    MisfitError,
+    MissingInputError,
+    NotPatchableError,
+    WeightlabError,
+)
 from weightlab.files import disk
 from weightlab.files.atomic import SUFFIX, replace_file
 from weightlab.files.lock import folder_lock
 from weightlab.patches.compute import check_bases
-from weightlab.patches.fit import Target, fit
+from weightlab.patches.fit import StackEntry, Target, fit
 from weightlab.patches.patch import Patch
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack import journal
-from weightlab.stack.guards import REMEDY, On, check_unchanged, folder_of, place_of, recover_all
+from weightlab.stack.guards import REMEDY, On, check_unchanged, folder_of, place_of, recover_all, unreadable
 from weightlab.stack.signals import uninterrupted
 from weightlab.stack.state import (
     FOLDER,
@@ -87,7 +94,12 @@ def change(path: Path, decide: Decide, options: ChangeOptions) -> Changed:
     with folder_lock(folder, exclusive=not options.dry_run, wait=options.wait):
         notes = [] if options.dry_run else recover_all(folder, options.resources)
         place = place_of(path)
-        source = open_anchor(path, place.checkpoint / place.anchor)
+        try:
+            source = open_anchor(path, place.checkpoint / place.anchor)
+        except InputError as error:
+            if place.read_stack().patches:
+                raise unreadable(path, place, error) from error
+            raise
         try:
             changed = _Change(path, place, source, options).make(decide)
         finally:
@@ -129,7 +141,7 @@ class _Change:
             return Changed(self.state, notes=["nothing to change"])
         clean = CleanSource(self.source, self.place.originals, self.state.tensors)
         try:
-            before = fit(clean, entries).targets
+            before = self._recorded(clean, entries)
             fitted = fit(clean, [entry for _, entry in wanted])
             if fitted.reshapes:
                 raise NotPatchableError(
@@ -149,9 +161,20 @@ class _Change:
         finally:
             clean.close()
 
+    def _recorded(self, clean: CleanSource, entries: Sequence[StackEntry]) -> dict[str, Target]:
+        """What made the touched tensors what they are; what is not in it is computed anew."""
+        try:
+            return fit(clean, entries).targets
+        except MisfitError:  # the configuration was changed since and allows less now: it may still come off
+            return {}
+
     def _rewrite(self, before: dict[str, Target], after: dict[str, Target]) -> list[Target]:
         """The tensors whose terms change, in the order of their places; what is touched no more becomes clean."""
-        names = [n for n in {**before, **after} if _recipe(before.get(n)) != _recipe(after.get(n))]
+        names = [
+            n
+            for n in {**self.state.tensors, **after}
+            if n not in before or n not in self.state.tensors or _recipe(before[n]) != _recipe(after.get(n))
+        ]
         names.sort(key=lambda n: (self.source.file_of[n], self.source.entry(n).offset))
         specs = self.source.specs
         return [after.get(n) or Target(specs[n], specs[n], "sum", []) for n in names]
