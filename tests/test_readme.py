@@ -39,9 +39,9 @@ def plain(text: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with `base` and `tuned`."""
+    """The current folder, with `base`, and `tuned` and `robust` that were trained from it."""
     monkeypatch.chdir(tmp_path)
-    for name, seed in (("base", 0), ("tuned", 1)):
+    for name, seed in (("base", 0), ("tuned", 1), ("robust", 2)):
         (tmp_path / name).mkdir()
         save_file(
             state(seed, 0.01 * seed) | {"layer.norm.weight": torch.full((8,), 1.0 + seed)},

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from weightlab.ops.compose import compose
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.signature import signature
+    from weightlab.ops.similarity import compare, identify
     from weightlab.ops.stack import remove, scale, status
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
@@ -31,13 +33,16 @@ _WHERE = {
     "PatchStack": "weightlab.runtime.patched",
     "Resources": "weightlab.stream.executor",
     "apply": "weightlab.ops.apply",
+    "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
     "diff": "weightlab.ops.diff",
+    "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
     "open_patch": "weightlab.patches.patch",
     "patched": "weightlab.runtime.patched",
     "remove": "weightlab.ops.stack",
     "scale": "weightlab.ops.stack",
+    "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
     "verify": "weightlab.ops.verify",
 }
@@ -49,13 +54,16 @@ __all__ = [
     "WeightlabError",
     "__version__",
     "apply",
+    "compare",
     "compose",
     "diff",
+    "identify",
     "inspect",
     "open_patch",
     "patched",
     "remove",
     "scale",
+    "signature",
     "status",
     "verify",
 ]

@@ -24,9 +24,9 @@ _COMPLETE = "_WEIGHTLAB_COMPLETE"  # set by the shell when it wants to complete 
 COMMANDS: Registry[click.Command] = Registry("weightlab_cli.commands", "command", "command")
 
 _SECTIONS = {
-    "Make a patch": ("diff", "compose"),
+    "Make a patch": ("diff", "signature", "compose"),
     "Put it on a model": ("apply", "remove", "scale", "status"),
-    "Look": ("inspect", "verify"),
+    "Look": ("inspect", "compare", "identify", "verify"),
 }
 
 

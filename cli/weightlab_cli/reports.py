@@ -9,6 +9,7 @@ from weightlab_cli.output import Output, size
 if TYPE_CHECKING:
     from weightlab.ops.inspect import Inspection
     from weightlab.ops.outcome import Outcome, PatchOnInfo
+    from weightlab.ops.similarity import Comparison
     from weightlab.stream.executor import Resources
 
 
@@ -131,3 +132,28 @@ def _norms(*values: float | None) -> list[str]:
 
 def _bad(count: int | None) -> str:
     return str(count) if count else ""
+
+
+def show_comparison(output: Output, found: Comparison) -> None:
+    """The matrix of cosines, norms, and a row a layer: cosines where there are two, else each one's share."""
+    output.result(found)
+    numbers = [str(i + 1) for i in range(len(found.labels))]
+    relative = [""] * len(numbers) if found.relative is None else [f"{part:.4g}" for part in found.relative]
+    rows = [
+        [number, label, f"{norm:.4g}", part, *(f"{c:+.4f}" for c in cosines)]
+        for number, label, norm, part, cosines in zip(
+            numbers, found.labels, found.norms, relative, found.cosines, strict=True
+        )
+    ]
+    output.table(["#", "", "#norm", "#relative", *(f"#cos {n}" for n in numbers)], rows, f"{found.compared}:")
+    two = len(numbers) == 2
+    heads = ["layer", *(["#cosine"] if two else []), *(f"#share of {n}" for n in numbers)]
+    output.table(
+        heads,
+        [
+            [r.layer, *([f"{r.cosines[0][1]:+.4f}"] if two else []), *(f"{share:.1%}" for share in r.shares)]
+            for r in found.layers
+        ],
+    )
+    for note in found.notes:
+        output.line(note)

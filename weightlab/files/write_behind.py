@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -33,7 +32,7 @@ class WriteBehind:
             if self._written < _STEP or not (self._early is None or self._early.done()):
                 return
             self._written = 0
-            self._early = self._pool.submit(_sync, fd, path)
+            self._early = self._pool.submit(disk.sync_early, fd, path)
             self._all.append(self._early)
 
     def finish(self, fd: int, path: Path) -> None:
@@ -53,8 +52,3 @@ class WriteBehind:
     def close(self) -> None:
         """Ends the thread; after that descriptors can be closed."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def _sync(fd: int, path: Path) -> None:
-    with disk.storage_errors(path):
-        os.fdatasync(fd)

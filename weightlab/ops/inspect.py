@@ -136,7 +136,7 @@ def _patch(
         source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
         if source is not None:
             check_bases(source, fit(source, [StackEntry(patch, 1.0)]).targets.values(), resources)
-        summable = [n for n in names if _has_delta(patch, n, source)]
+        summable = [n for n in names if has_delta(patch, n, source)]
         if norms:
             found = moments(DeltaSource([patch.at(1.0)], source, summable), summable, resources)
             if source is not None:
@@ -160,7 +160,8 @@ def _patch(
     return result
 
 
-def _has_delta(patch: Patch, name: str, base: Source | None) -> bool:
+def has_delta(patch: Patch, name: str, base: Source | None) -> bool:
+    """Whether a patch's tensor has a change that can be told as numbers, with what is known of its base."""
     record = patch.records[name]
     if record.encoding == "removed" or record.added or not record.spec(name).is_float:
         return False

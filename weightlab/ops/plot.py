@@ -44,12 +44,12 @@ def plot(found: Inspection, path: Path, *, overwrite: bool = False) -> None:
     what = "‖Δ‖ / ‖W‖" if relative else "root mean square"
     _bars(above, found, layers, relative, what)
     image = below.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
-    below.set_yticks(range(len(kinds)), [_short(k) for k in kinds], fontsize=7)
+    below.set_yticks(range(len(kinds)), [shortened(k) for k in kinds], fontsize=7)
     step = max(1, math.ceil(len(layers) / _MOST_LABELS))
     shown = range(0, len(layers), step)
-    below.set_xticks(list(shown), [_short(layers[i]) for i in shown], rotation=90, fontsize=7)
+    below.set_xticks(list(shown), [shortened(layers[i]) for i in shown], rotation=90, fontsize=7)
     figure.colorbar(image, ax=below, label=f"log10 {what}", fraction=0.03)
-    figure.suptitle(_short(Path(found.path).name, 70), fontsize=10)
+    figure.suptitle(shortened(Path(found.path).name, 70), fontsize=10)
     with atomic_file(path, overwrite=overwrite) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -102,5 +102,6 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", rest)
 
 
-def _short(text: str, most: int = 46) -> str:
+def shortened(text: str, most: int = 46) -> str:
+    """A label that is not too long: its middle is left out."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"

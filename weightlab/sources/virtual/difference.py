@@ -13,10 +13,14 @@ from weightlab.tensors.spec import TensorSpec, compute_dtype
 
 
 class DifferenceSource:
-    """tuned − base of tensors that both have in the same shape, in fp32 (fp64 for fp64 tensors). Closes neither."""
+    """tuned − base of tensors that both have in the same shape, in fp32 (fp64 for fp64 tensors). Closes neither.
 
-    def __init__(self, base: Source, tuned: Source, names: Sequence[str]) -> None:
-        self._base, self._tuned = base, tuned
+    Args:
+        factor: what the difference is multiplied by, if not 1.
+    """
+
+    def __init__(self, base: Source, tuned: Source, names: Sequence[str], factor: float = 1.0) -> None:
+        self._base, self._tuned, self._factor = base, tuned, factor
         self.label: str = f"{tuned.label} - {base.label}"
         self.path: Path | None = None
         self.specs: Mapping[str, TensorSpec] = {
@@ -37,6 +41,8 @@ class DifferenceSource:
         delta = out.view(dtype.torch)
         delta.copy_(_values(self._tuned, name, first, count))
         delta.sub_(_values(self._base, name, first, count).to(dtype.torch))
+        if self._factor != 1.0:
+            delta.mul_(self._factor)
 
     def close(self) -> None:
         """Nothing of its own to give back."""

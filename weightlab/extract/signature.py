@@ -1,0 +1,185 @@
+"""Robust Weight Signatures (arXiv 2302.12480): what training against a corruption adds to clean fine-tuning.
+
+With θ0 the pretrained start, θc fine-tuned on clean and θr on corrupted data, a = θc − θ0 and d = θr − θ0:
+
+    RWS = d − (⟨d, a⟩ / ⟨a, a⟩) · a          (a = 0: RWS = d)
+
+on the first K layers. The paper projects tensor by tensor; a fused tensor (query, key and value in one) is another
+vector than its parts, so the scope of the projection is a choice, and recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.extract.diff import DiffOptions, diff_sources
+from weightlab.extract.gram import gram, joined
+from weightlab.extract.match import aligned
+from weightlab.extract.norms import norm_tensors, parse_norm
+from weightlab.extract.rules import Rules
+from weightlab.files.digest import fingerprint
+from weightlab.patches.compute import digest_tensors
+from weightlab.patches.header import Method
+from weightlab.patches.patch import Patch
+from weightlab.sources import Source
+from weightlab.sources.virtual.difference import DifferenceSource
+from weightlab.sources.virtual.joined import JoinedSource
+from weightlab.sources.virtual.projected import ProjectedSource
+from weightlab.sources.virtual.zeros import ZeroSource
+from weightlab.tensors.layers import Layer, choose, layers_in
+from weightlab.tensors.match import misfit
+
+Scope = Literal["tensor", "layer", "model"]
+SCOPES: tuple[Scope, ...] = ("tensor", "layer", "model")
+
+
+@dataclass(slots=True)
+class SignatureOptions:
+    """How a signature is taken.
+
+    Attributes:
+        project: what one projection is made over: each tensor, each layer, or all chosen tensors together.
+        layers: `first:K` and globs over names of layers and tensors; nothing: every layer.
+        order: tensor names in the order of the modules; None: natural order of the names.
+        units: layers as the user says them, in order (see `layers_in`).
+        norm: what becomes of layers with running statistics: `keep` leaves them as the target has them; `robust` moves
+            them, at all depths, to the robust model's; `blend:SHARE` part of the way; `recalibrate` likewise, with
+            `statistics` for the running ones.
+        statistics: the source of running statistics for `recalibrate`.
+    """
+
+    project: Scope = "tensor"
+    layers: Sequence[str] = ()
+    order: Sequence[str] | None = None
+    units: Sequence[str] = ()
+    norm: str = "keep"
+    statistics: Source | None = None
+
+    def __post_init__(self) -> None:
+        if self.project not in SCOPES:
+            raise UsageError(f"--project {self.project} is not understood", f"choose from {', '.join(SCOPES)}")
+
+
+def signature_sources(
+    pretrained: Source,
+    clean: Source,
+    robust: Source,
+    out: Path | None,
+    signature: SignatureOptions,
+    options: DiffOptions,
+) -> Patch:
+    """Takes the signature of `robust` and writes it as a patch that fits `clean` and every model of its shapes.
+
+    Args:
+        out: as for `diff_sources`.
+        options: encodings and the header; `encode` must be lossy: a signature goes on other models.
+
+    Raises:
+        NamesMismatchError: lists the chosen tensors that the three do not share.
+        UsageError, MisfitError: layers or modes that make no sense for this model.
+        NonFiniteError, RangeError: see `diff_sources`.
+    """
+    mode, share = parse_norm(signature.norm)
+    if Rules(options.encode).any_lossless:
+        raise UsageError(
+            "a signature goes on other models than its own, which `exact` does not", "encode it dense or quantized:8"
+        )
+    base_fingerprint = fingerprint(digest_tensors(clean, clean.specs, options.resources))
+    clean, robust = aligned(clean, robust)
+    clean, pretrained = aligned(clean, pretrained)
+    affine, statistics = norm_tensors(clean.specs)
+    if mode != "keep" and not statistics:
+        raise UsageError(
+            f"--norm {mode} is for layers with running statistics, and {clean.label} has none", "leave it out"
+        )
+    layers = _chosen(clean, {*affine, *statistics}, signature)
+    weights = [n for layer in layers for n in layer.tensors]
+    moved = [] if mode == "keep" else [*affine, *statistics]
+    measured = signature.statistics
+    if mode == "recalibrate" and measured is None:
+        raise UsageError("--norm recalibrate needs data", "give the data to recalibrate on")
+    again = [("statistics", measured, statistics)] if mode == "recalibrate" and measured is not None else []
+    _require_fit(clean, ("pretrained", pretrained, weights), ("robust", robust, [*weights, *moved]), *again)
+    toward, along = DifferenceSource(pretrained, robust, weights), DifferenceSource(pretrained, clean, weights)
+    shares = _shares(toward, along, layers, signature.project, options)
+    parts: list[Source] = [ProjectedSource(toward, along, shares)]
+    parts.append(DifferenceSource(clean, robust, affine if again else moved, factor=share))
+    parts += [DifferenceSource(clean, other, names) for _, other, names in again]
+    source = JoinedSource(parts, robust.label)
+    options.kind, options.base_known = "signature", False
+    options.method = Method(
+        name="rws",
+        parameters={
+            "project": signature.project,
+            "layers": [layer.name for layer in layers],
+            "order": "given" if signature.units else "names" if signature.order is None else "modules",
+            "norm": signature.norm,
+        },
+    )
+    options.base_fingerprint = base_fingerprint
+    return diff_sources(ZeroSource({n: clean.specs[n] for n in source.specs}), source, out, options)
+
+
+def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list[Layer]:
+    """The chosen layers, without what cannot be projected.
+
+    Raises:
+        MisfitError: weights that are codes, which have no difference.
+    """
+    names = [n for n in clean.specs if n not in apart]
+    layers = choose(
+        layers_in([n for n in names if clean.specs[n].is_float], signature.order, signature.units), signature.layers
+    )
+    codes = [n for layer in layers for n in layer.tensors if n in clean.opaque]
+    if codes:
+        raise MisfitError(
+            f"{clean.label}: these weights are codes of a quantised checkpoint, which have no difference",
+            "take the signature of the model before it was quantised",
+            codes,
+        )
+    return layers
+
+
+def _require_fit(clean: Source, *others: tuple[str, Source, Sequence[str]]) -> None:
+    """Checks (role, source, names) against the clean model.
+
+    Raises:
+        NamesMismatchError: lists all that is missing or of another shape, of all of them.
+    """
+    problems = [
+        f"{problem} in {other.label} ({role})"
+        for role, other, names in others
+        for name in names
+        if (problem := _misfit(clean, other, name))
+    ]
+    if problems:
+        raise NamesMismatchError(
+            f"{len(problems)} tensors do not fit those of {clean.label}",
+            "choose layers that all three share, with --layers",
+            problems,
+        )
+
+
+def _misfit(clean: Source, other: Source, name: str) -> str:
+    if name not in other.specs:
+        return f"{clean.specs[name]}: missing"
+    return misfit(clean.specs[name], other.specs[name], rows=False)
+
+
+def _shares(
+    toward: Source, along: Source, layers: Sequence[Layer], scope: Scope, options: DiffOptions
+) -> dict[str, float]:
+    """⟨d, a⟩ / ⟨a, a⟩ of each tensor's group; 0 where a = 0."""
+    names = [n for layer in layers for n in layer.tensors]
+    products = gram([toward, along], names, options.resources)
+    groups = {"tensor": [[n] for n in names], "layer": [list(x.tensors) for x in layers], "model": [names]}[scope]
+    shares: dict[str, float] = {}
+    for group in groups:
+        both = joined(products, group)
+        share = float(both[0, 1] / both[1, 1]) if both[1, 1] else 0.0
+        shares |= dict.fromkeys(group, share)
+    return shares

@@ -1,0 +1,261 @@
+"""How alike changes are: cosines of patches or checkpoints, per layer and overall, and what a patch is most like."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weightlab.errors import NamesMismatchError, UsageError
+from weightlab.extract.gram import Gram, cosine, gram, joined
+from weightlab.ops.inspect import has_delta
+from weightlab.ops.moments import moments
+from weightlab.ops.operands import ModelLike, PathLike, open_patches, parse_patch, reading
+from weightlab.patches.compute import check_bases
+from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.patch import Patch, is_patch
+from weightlab.patches.patched_source import DeltaSource
+from weightlab.sources import Source
+from weightlab.sources.virtual.difference import DifferenceSource
+from weightlab.stream.executor import Resources
+from weightlab.tensors.order import layer_of, natural_key
+from weightlab.tensors.select import select
+
+
+@dataclass(slots=True)
+class LayerSimilarity:
+    """One layer: ‖·‖ of each operand there, its share of that operand's squared norm, cosines of all pairs."""
+
+    layer: str
+    norms: list[float]
+    shares: list[float]
+    cosines: list[list[float]]
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What was found, for operands in the order given.
+
+    Attributes:
+        compared: "changes" (patches, or checkpoints less the base) or "weights".
+        relative: norms over the base's norm of the same tensors; None without a base.
+        tensors: how many tensors any of them has.
+    """
+
+    labels: list[str]
+    compared: str
+    tensors: int
+    norms: list[float]
+    relative: list[float] | None
+    cosines: list[list[float]]
+    layers: list[LayerSimilarity]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Match:
+    """One patch of a library: the cosine with what was asked about, and how many tensors both have."""
+
+    label: str
+    cosine: float
+    shared_tensors: int
+
+
+def compare(
+    operands: Sequence[PathLike | Patch],
+    *,
+    base: ModelLike | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    key: str | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Comparison:
+    """Cosines and norms of checkpoints or patches, streamed.
+
+    A tensor that one operand lacks counts as zero there; integers and codes of quantised checkpoints are left out.
+
+    Args:
+        operands: two or more; patches as `PATH[@SCALE]`.
+        base: what checkpoints are compared as changes of; exact patches need it. Without one checkpoints are compared
+            as they are.
+
+    Raises:
+        UsageError: fewer than two, or patches beside checkpoints without a base.
+        NamesMismatchError: lists the tensors whose shapes differ.
+    """
+    if len(operands) < 2:
+        raise UsageError("there is nothing to compare with", "give two or more")
+    resources = resources or Resources()
+    with _vectors(operands, base, key, wait, resources) as (sources, source, kind):
+        names = select(_summable(sources), include, exclude)
+        products = gram(sources, names, resources)
+        weights = 0.0 if source is None else _norm(source, names, resources)
+    count = len(sources)
+    whole = joined(products, names)
+    norms = [math.sqrt(whole[i, i]) for i in range(count)]
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(layer_of(name), []).append(name)
+    return Comparison(
+        [_label(operand) for operand in operands],
+        kind,
+        len(names),
+        norms,
+        [norm / weights for norm in norms] if weights else None,
+        _cosines(whole),
+        [_layer(layer, joined(products, group), whole) for layer, group in layers.items()],
+        _lacking(operands, sources, names),
+    )
+
+
+def identify(
+    patch: PathLike | Patch,
+    library: Sequence[PathLike | Patch],
+    *,
+    base: ModelLike | None = None,
+    key: str | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> list[Match]:
+    """What a patch is most like: the patches of a library by their cosine with it, the most alike first.
+
+    Args:
+        library: patches, or folders of patch files.
+        base: the base of exact patches.
+
+    Raises:
+        UsageError: the library is empty, or is a checkpoint.
+        NamesMismatchError: lists the tensors whose shapes differ.
+    """
+    resources = resources or Resources()
+    found = [entry for given in library for entry in patches_in(given)]
+    if not found:
+        raise UsageError("the library holds no patch", "give patches, or a folder of them")
+    matches: list[Match] = []
+    for entry in found:
+        with _vectors([patch, entry], base, key, wait, resources) as (sources, _, kind):
+            if kind != "changes":
+                raise UsageError("checkpoints are not identified", "give patches")
+            names = _summable(sources)
+            both = joined(gram(sources, names, resources), names)
+            shared = sum(all(n in s.specs for s in sources) for n in names)
+        matches.append(Match(_label(entry), cosine(both, 0, 1), shared))
+    return sorted(matches, key=lambda m: (-m.cosine, m.label))
+
+
+def patches_in(given: PathLike | Patch) -> list[PathLike | Patch]:
+    """A patch, or the patches in a folder of them, by name."""
+    if isinstance(given, Patch):
+        return [given]
+    path = Path(parse_patch(os.fspath(given))[0])
+    if path.is_dir() and not is_patch(path):
+        return [p for p in sorted(path.glob("*.safetensors")) if is_patch(p)]
+    return [given]
+
+
+@contextmanager
+def _vectors(
+    operands: Sequence[PathLike | Patch], base: ModelLike | None, key: str | None, wait: float, resources: Resources
+) -> Iterator[tuple[list[Source], Source | None, str]]:
+    """(each operand as a source of float tensors, the base, what these are)."""
+    with ExitStack() as stack:
+        source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
+        patches = {i: open_patches(o)[0] for i, o in enumerate(operands) if _is_patch(o)}
+        if source is None and patches and len(patches) < len(operands):
+            raise UsageError("patches and checkpoints are compared as changes of one base", "give --base")
+        found: list[Source] = []
+        for index, operand in enumerate(operands):
+            if index in patches:
+                found.append(_delta(patches[index], source, resources))
+                continue
+            assert not isinstance(operand, Patch)
+            opened = stack.enter_context(reading(operand, key=key, wait=wait))
+            plain = [n for n, s in opened.specs.items() if s.is_float and n not in opened.opaque]
+            found.append(opened if source is None else _change(source, opened, plain))
+        yield found, source, "changes" if patches or source is not None else "weights"
+
+
+def _label(operand: PathLike | Patch) -> str:
+    return operand.label if isinstance(operand, Patch) else os.fspath(operand)
+
+
+def _is_patch(operand: PathLike | Patch) -> bool:
+    if isinstance(operand, Patch):
+        return True
+    path = Path(parse_patch(os.fspath(operand))[0])
+    return path.exists() and is_patch(path)
+
+
+def _delta(patch: Patch, base: Source | None, resources: Resources) -> Source:
+    if base is not None:
+        check_bases(base, fit(base, [StackEntry(patch, 1.0)]).targets.values(), resources)
+    names = [n for n in patch.records if has_delta(patch, n, base)]
+    hidden = [n for n, r in patch.records.items() if n not in names and r.spec(n).is_float and r.encoding == "exact"]
+    if hidden and base is None:
+        raise UsageError(f"{patch.label}: the change of an exact patch is known with its base only", "give --base")
+    return DeltaSource([patch], base, names)
+
+
+def _change(base: Source, tuned: Source, names: Sequence[str]) -> Source:
+    shared = [n for n in names if n in base.specs and base.specs[n].is_float]
+    wrong = [
+        f"{n}: {list(base.specs[n].shape)} in {base.label}, {list(tuned.specs[n].shape)} in {tuned.label}"
+        for n in shared
+        if base.specs[n].shape != tuned.specs[n].shape
+    ]
+    missing = [f"{n}: not in {base.label}" for n in names if n not in base.specs]
+    if wrong or missing:
+        raise NamesMismatchError(
+            f"{tuned.label} does not fit {base.label}", "leave tensors out with --exclude", [*wrong, *missing]
+        )
+    return DifferenceSource(base, tuned, shared)
+
+
+def _summable(sources: Sequence[Source]) -> list[str]:
+    """The float tensors that any of them has.
+
+    Raises:
+        NamesMismatchError: lists those of which shapes differ.
+    """
+    names = sorted({n for s in sources for n in s.specs}, key=natural_key)
+    wrong = []
+    for name in names:
+        shapes = {s.label: s.specs[name].shape for s in sources if name in s.specs}
+        if len(set(shapes.values())) > 1:
+            wrong.append(f"{name}: " + ", ".join(f"{list(shape)} in {label}" for label, shape in shapes.items()))
+    if wrong:
+        raise NamesMismatchError("these are of different shapes", "leave tensors out with --exclude", wrong)
+    return [n for n in names if all(s.specs[n].is_float and n not in s.opaque for s in sources if n in s.specs)]
+
+
+def _norm(base: Source, names: Sequence[str], resources: Resources) -> float:
+    stored = sorted({base.aliases.get(n, n) for n in names} & base.specs.keys())
+    return math.sqrt(sum(m.squares for m in moments(base, stored, resources).values()))
+
+
+def _cosines(products: Gram) -> list[list[float]]:
+    return [[cosine(products, i, j) for j in range(len(products))] for i in range(len(products))]
+
+
+def _layer(layer: str, products: Gram, whole: Gram) -> LayerSimilarity:
+    squares = [(float(products[i, i]), float(whole[i, i])) for i in range(len(products))]
+    return LayerSimilarity(
+        layer,
+        [math.sqrt(own) for own, _ in squares],
+        [own / all_ if all_ else 0.0 for own, all_ in squares],
+        _cosines(products),
+    )
+
+
+def _lacking(operands: Sequence[PathLike | Patch], sources: Sequence[Source], names: Sequence[str]) -> list[str]:
+    """A line for each operand that lacks tensors."""
+    counts = [sum(n not in s.specs for n in names) for s in sources]
+    return [
+        f"{_label(operand)} lacks {count} of {len(names)} tensors: zero there"
+        for operand, count in zip(operands, counts, strict=True)
+        if count
+    ]

@@ -1,0 +1,75 @@
+"""The order of a checkpoint's tensors: that of the network's own modules, where the network can be had."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlab.errors import UsageError
+
+
+def network_of(reference: str) -> nn.Module:
+    """The network that a Python function makes: `package.module:function`, looked for in the current folder too.
+
+    Raises:
+        UsageError: there is no such function, or it makes no `nn.Module`.
+    """
+    place, sign, name = reference.partition(":")
+    if not sign or not place or not name:
+        raise UsageError(f"--model {reference} is not understood", "write MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"--model {reference}: {error}", "write MODULE:FUNCTION, both as Python imports them"
+        ) from error
+    try:
+        network = function()
+    except Exception as error:  # the user's own code
+        raise UsageError(
+            f"--model {reference} failed: {type(error).__name__}: {error}", "mend that function"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"--model {reference} gives {type(network).__name__}", "give a function that returns an nn.Module"
+        )
+    return network
+
+
+def order_of(model: str | os.PathLike[str], reference: str | None = None) -> list[str] | None:
+    """A checkpoint's tensor names in the order of its modules; None where the network is not known.
+
+    Args:
+        model: where it has a `config.json` that transformers knows, the network is made from that, without weights.
+        reference: `package.module:function` that makes the network instead.
+    """
+    if reference is not None:
+        return file_order(network_of(reference))
+    folder = Path(model)
+    if not (folder / "config.json").is_file() or find_spec("transformers") is None:
+        return None
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError):  # no model of transformers
+        return None
+    known: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if known is None:
+        return None
+    with torch.device("meta"):
+        return file_order(known(config))
+
+
+def file_order(module: nn.Module) -> list[str]:
+    """The names of a network's tensors in the order of its modules."""
+    return list(module.state_dict())
