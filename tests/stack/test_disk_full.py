@@ -199,10 +199,11 @@ def test_a_record_over_the_file_size_limit(weightlab: Weightlab, place: Path) ->
     save_file(tiny, "tiny.safetensors")
     wl.diff("tiny.safetensors", {n: t + 1 for n, t in tiny.items()}, "t.safetensors", encode="dense")
     assert Path("tiny.safetensors").stat().st_size < 15_000
+    assert weightlab("apply", "tiny.safetensors", "t.safetensors", "--in-place").code == 0
     before = content(place)
     script = "import resource, sys\nfrom weightlab_cli.main import run\n"
     script += "resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))\nsys.exit(run(sys.argv[1:]))"
-    done = _child(place, script, ["apply", "tiny.safetensors", "t.safetensors", "--in-place"])
+    done = _child(place, script, ["scale", "tiny.safetensors", "t.safetensors", "2"])
     assert done.returncode == 7 and "the file size limit is reached" in done.stderr and "intent.json" in done.stderr
     assert content(place) == before
 

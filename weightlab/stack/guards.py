@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -136,12 +136,24 @@ def check_unchanged(path: Path, source: LocalSource, state: StackState, resource
         )
 
 
+def check_kept(path: Path, clean: CleanSource, state: StackState, names: Iterable[str], resources: Resources) -> None:
+    """Reads the kept clean bytes of some touched tensors.
+
+    Raises:
+        IntegrityError: lists every tensor whose bytes are damaged.
+    """
+    found = digest_tensors(clean, names, resources)
+    damaged = [name for name, digest in found.items() if digest != state.tensors[name].clean]
+    if damaged:
+        raise IntegrityError(f"{path}: kept clean bytes are damaged", REMEDY.format(path), sorted(damaged))
+
+
 @contextmanager
 def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, list[On]]]:
     """A checkpoint without the patches that are on it, and those patches. The caller holds its lock.
 
     Raises:
-        IntegrityError: the files are not as weightlab left them.
+        IntegrityError: the files, or the clean bytes that are kept, are not as weightlab left them.
     """
     if source.path is not None:
         refuse_gone(source.path)
@@ -154,6 +166,7 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
     on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]
     clean = CleanSource(source, place.originals, state.tensors)
     try:
+        check_kept(Path(source.label), clean, state, state.tensors, resources)
         yield clean, on
     finally:
         clean.close()

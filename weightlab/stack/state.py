@@ -19,12 +19,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from weightlab.errors import IntegrityError
+from weightlab.errors import InputError, IntegrityError, StorageError
 from weightlab.files.container import strict_json
 from weightlab.files.disk import read_exactly, storage_errors
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.header import Digest, canonical
-from weightlab.patches.patch import open_patch
+from weightlab.patches.patch import open_patch, stand_in
 from weightlab.sources.local import LocalSource
 from weightlab.tensors.spec import TensorSpec
 
@@ -161,17 +161,41 @@ def entries_of(place: StatePlace, state: StackState) -> list[StackEntry]:
     """The recorded patches, opened.
 
     Raises:
-        IntegrityError: one is missing or is another.
+        IntegrityError: lists every patch that is kept and damaged.
+    """
+    entries, damaged = kept_entries(place, state)
+    if damaged:
+        raise damaged_patches(place, state, damaged)
+    return entries
+
+
+def kept_entries(place: StatePlace, state: StackState) -> tuple[list[StackEntry], dict[str, str]]:
+    """The recorded patches, opened, and {id: what is wrong} of those that cannot be.
+
+    In the place of such a one stands a patch without tensors: enough to take it off, which needs the clean bytes only.
     """
     entries: list[StackEntry] = []
+    damaged: dict[str, str] = {}
     for on in state.patches:
-        if not place.patch(on.id).is_dir():
-            raise IntegrityError(f"{place.patch(on.id)} is missing", "restore it, or drop the stack with --forget")
-        patch = open_patch(place.patch(on.id))
-        if patch.id != on.id:
-            raise IntegrityError(f"{place.patch(on.id)} is another patch ({patch.id})", "restore it from a copy")
+        try:
+            patch = open_patch(place.patch(on.id))
+            if patch.id != on.id:
+                damaged[on.id] = f"is another patch ({patch.id})"
+        except (InputError, IntegrityError, StorageError) as error:
+            damaged[on.id] = error.message
+        if on.id in damaged:
+            patch = stand_in(place.patch(on.id), on.id)
         entries.append(StackEntry(patch, on.scale, tuple(on.include), tuple(on.exclude), on.renames))
-    return entries
+    return entries, damaged
+
+
+def damaged_patches(place: StatePlace, state: StackState, damaged: Mapping[str, str]) -> IntegrityError:
+    """The error for kept patches that are needed and cannot be opened."""
+    return IntegrityError(
+        f"{place.checkpoint}: kept patches are missing or damaged",
+        "take them off (`weightlab remove MODEL ID` needs the clean bytes only), or restore them from a copy",
+        [f"{on.name} ({on.id[:12]}): {damaged[on.id]}" for on in state.patches if on.id in damaged],
+    )
 
 
 def record_of(entry: StackEntry, name: str) -> PatchOn:
@@ -195,11 +219,17 @@ class CleanSource:
         self.specs: Mapping[str, TensorSpec] = source.specs
         self.aliases, self.opaque, self.config = source.aliases, source.opaque, source.config
         self._descriptors: dict[str, int] = {}
-        for file in sorted({t.original.file for t in touched.values()}):
+        ends: dict[str, int] = {}
+        for name, known in touched.items():
+            size = source.specs[name].nbytes
+            ends[known.original.file] = max(ends.get(known.original.file, 0), known.original.offset + size)
+        for file, end in sorted(ends.items()):
             path = originals / file
-            if not path.is_file():
+            found = path.stat().st_size if path.is_file() else -1
+            if found < end:
                 self.close()
-                raise IntegrityError(f"{path} is missing", "restore it, or drop the stack with --forget")
+                what = "is missing" if found < 0 else f"has {found:,} bytes, and {end:,} were kept"
+                raise IntegrityError(f"{path} {what}", "restore it, or drop the stack with --forget")
             with storage_errors(path):
                 self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 

@@ -17,16 +17,26 @@ from weightlab.errors import (
     MissingInputError,
     NotPatchableError,
     WeightlabError,
+    WrongBaseError,
 )
 from weightlab.files import disk
 from weightlab.files.atomic import SUFFIX, replace_file
 from weightlab.files.lock import folder_lock
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, Target, fit
-from weightlab.patches.patch import Patch
+from weightlab.patches.patch import Patch, open_patch
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack import journal
-from weightlab.stack.guards import REMEDY, On, check_unchanged, folder_of, place_of, recover_all, unreadable
+from weightlab.stack.guards import (
+    REMEDY,
+    On,
+    check_kept,
+    check_unchanged,
+    folder_of,
+    place_of,
+    recover_all,
+    unreadable,
+)
 from weightlab.stack.signals import uninterrupted
 from weightlab.stack.state import (
     FOLDER,
@@ -37,7 +47,8 @@ from weightlab.stack.state import (
     StackState,
     StatePlace,
     Touched,
-    entries_of,
+    damaged_patches,
+    kept_entries,
     places,
     record_of,
     text_of,
@@ -133,15 +144,18 @@ class _Change:
 
     def make(self, decide: Decide) -> Changed:
         check_unchanged(self.path, self.source, self.state, self.options.resources)
-        entries = entries_of(self.place, self.state)
+        entries, damaged = kept_entries(self.place, self.state)
         current = [(on.name, entry) for on, entry in zip(self.state.patches, entries, strict=True)]
         wanted = sorted(decide(current), key=lambda on: on[1].patch.id)
         records = [record_of(entry, name) for name, entry in wanted]
         if records == self.state.patches:
             return Changed(self.state, notes=["nothing to change"])
+        needed = {record.id: damaged[record.id] for record in records if record.id in damaged}
+        if needed:
+            raise damaged_patches(self.place, self.state, needed)
         clean = CleanSource(self.source, self.place.originals, self.state.tensors)
         try:
-            before = self._recorded(clean, entries)
+            before = self._recorded(clean, entries) if not damaged else {}
             fitted = fit(clean, [entry for _, entry in wanted])
             if fitted.reshapes:
                 raise NotPatchableError(
@@ -154,7 +168,7 @@ class _Change:
             patches = {t.patch.id: t.patch for target in rewrite for t in target.terms}
             for patch in patches.values():
                 patch.verify(self.options.resources)
-            check_bases(clean, rewrite, self.options.resources)
+            self._check_bases(clean, rewrite)
             if self.options.dry_run:
                 return self._rehearse(clean, rewrite, records)
             return self._perform(clean, rewrite, records, fitted.targets, [e.patch for _, e in wanted])
@@ -167,6 +181,14 @@ class _Change:
             return fit(clean, entries).targets
         except MisfitError:  # the configuration was changed since and allows less now: it may still come off
             return {}
+
+    def _check_bases(self, clean: CleanSource, rewrite: Sequence[Target]) -> None:
+        try:
+            check_bases(clean, rewrite, self.options.resources)
+        except WrongBaseError:  # or is it that the kept bytes are not the base any more?
+            names = [t.spec.name for t in rewrite if t.spec.name in self.state.tensors]
+            check_kept(self.path, clean, self.state, names, self.options.resources)
+            raise
 
     def _rewrite(self, before: dict[str, Target], after: dict[str, Target]) -> list[Target]:
         """The tensors whose terms change, in the order of their places; what is touched no more becomes clean."""
@@ -208,12 +230,11 @@ class _Change:
 
     def _require_room(self, rewrite: Sequence[Target], patches: Sequence[Patch]) -> None:
         kept = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
-        device = os.stat(self.place.checkpoint).st_dev
-        copied = [os.stat(f) for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
+        copied = [os.stat(f).st_size for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
         linked = [os.stat(self.place.checkpoint / s).st_size for s in self._linked(rewrite)]
         sizes = [os.stat(self.place.checkpoint / s).st_size for s in self._shards(rewrite)]
-        needed = kept + sum(f.st_size for f in copied if f.st_dev != device) + sum(linked)
-        disk.require_room(self.place.checkpoint, needed, max([kept, *sizes], default=0))
+        needed = kept + sum(copied) + sum(linked)
+        disk.require_room(self.place.checkpoint, needed, max([kept, *copied, *sizes], default=0))
 
     def _check(self, rewrite: Sequence[Target], found: dict[str, tuple[str, str]]) -> None:
         damaged = [
@@ -354,7 +375,14 @@ def _offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
 
 
 def _store(place: StatePlace, patch: Patch) -> None:
-    """Keeps a patch beside the checkpoint, under a second name of its files where the file system allows it."""
+    """Keeps a copy of a patch beside the checkpoint, which shares its blocks where the file system can.
+
+    A second name (a hard link) would cost less and not be safe: whoever writes over the patch's file would change what
+    is kept.
+
+    Raises:
+        IntegrityError: the files are not those of the patch any more.
+    """
     final = place.patch(patch.id)
     if final.is_dir():
         return
@@ -363,8 +391,9 @@ def _store(place: StatePlace, patch: Patch) -> None:
     several = len(patch.files) > 1
     for name, source in patch.files.items():
         target = temporary / (name if several else "patch.safetensors")
-        if not disk.hard_link(source, target):
-            disk.copy_file(source, target)
+        disk.copy_file(source, target)
         disk.sync_path(target)
+    if open_patch(temporary).id != patch.id:
+        raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
     disk.sync_folder(temporary)
     disk.rename(temporary, final)
