@@ -30,10 +30,17 @@ class StackEntry:
     exclude: tuple[str, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
 
-    def targets(self) -> dict[str, str]:
-        """{name in the checkpoint: name in the patch}, in natural order."""
+    def targets(self, others: Collection[str] = ()) -> dict[str, str]:
+        """{name in the checkpoint: name in the patch}, in natural order.
+
+        Args:
+            others: more names of the checkpoint, which `exclude` may mean: a tied tensor that would follow.
+        """
         renamed = rename(self.patch.records, self.renames)
-        kept = set(select(list(renamed.values()), self.include, self.exclude))
+        names = list(renamed.values())
+        beside = [e for e in self.exclude if any(matches(o, [e]) for o in others)]
+        exclude = [e for e in self.exclude if e not in beside or any(matches(n, [e]) for n in names)]
+        kept = set(select(names, self.include, exclude))
         return {t: n for n, t in sorted(renamed.items(), key=lambda i: natural_key(i[1])) if t in kept}
 
 
@@ -115,7 +122,7 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     undefined: list[str] = []
     for entry in entries:
         taken: dict[str, str] = {}
-        targets = entry.targets()
+        targets = entry.targets(source.specs)
         present = [n for t, n in targets.items() if source.aliases.get(t, t) in source.specs]
         for target, name in targets.items():
             stored = source.aliases.get(target, target)
