@@ -119,6 +119,15 @@ class DiskModel:
                 self._parent(path).change(path.name, None)
             case "mkdir":
                 self._parent(path).change(path.name, Folder())
+            case "link":
+                source, target = arguments
+                inside = self.root in source.parents
+                node = (
+                    self._node(source)
+                    if inside
+                    else File(bytearray(source.read_bytes()), bytearray(source.read_bytes()))
+                )
+                self._parent(target).change(target.name, node)
             case _:
                 raise AssertionError(f"an operation that the model does not know: {operation}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -54,8 +55,19 @@ def cut_off(path: Path) -> None:
     os.truncate(path, 10)
 
 
-@pytest.mark.parametrize("happens", [deleted, replaced, written_over, damaged, cut_off])
-def test_the_patch_file(weightlab: Weightlab, place: Path, happens: Callable[[Path], None]) -> None:
+def without_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "no links here")
+
+
+@pytest.mark.parametrize(
+    ("happens", "links"),
+    [(deleted, True), (replaced, True), (written_over, False), (damaged, False), (cut_off, False)],
+)
+def test_the_patch_file(
+    weightlab: Weightlab, place: Path, monkeypatch: pytest.MonkeyPatch, happens: Callable[[Path], None], links: bool
+) -> None:
+    if not links:  # then copies are kept, and nothing that becomes of the file matters
+        monkeypatch.setattr(os, "link", without_links)
     weightlab("apply", "model", "p.safetensors", "q.safetensors@0.5", "--in-place")
     identity = wl.open_patch("p.safetensors").id
     wl.apply("clean", ["p.safetensors@-0.5", "q.safetensors@0.5"], out="expected")
@@ -65,6 +77,24 @@ def test_the_patch_file(weightlab: Weightlab, place: Path, happens: Callable[[Pa
     assert weightlab("status", "model").code == 0
     assert weightlab("scale", "model", identity[:10], "-0.5").code == 0
     assert weights(place / "model") == weights(place / "expected")
+    assert weightlab("remove", "model", identity[:10]).code == 0
+    assert weights(place / "model") == weights(place / "expected after")
+    assert weightlab("remove", "model", "--all").code == 0
+    assert content(place / "model") == content(place / "clean")
+
+
+@pytest.mark.parametrize("happens", [written_over, damaged, cut_off])
+def test_what_changes_the_kept_patch_too_is_found_and_it_still_comes_off(
+    weightlab: Weightlab, place: Path, happens: Callable[[Path], None]
+) -> None:
+    weightlab("apply", "model", "p.safetensors", "q.safetensors@0.5", "--in-place")
+    identity = wl.open_patch("p.safetensors").id
+    wl.apply("clean", "q.safetensors@0.5", out="expected after")
+    happens(Path("p.safetensors"))
+    before = content(place / "model")
+    refused = weightlab("scale", "model", identity[:10], "-0.5")
+    assert refused.code == 5 and identity[:12] in refused.err
+    assert content(place / "model") == before
     assert weightlab("remove", "model", identity[:10]).code == 0
     assert weights(place / "model") == weights(place / "expected after")
     assert weightlab("remove", "model", "--all").code == 0
@@ -172,8 +202,11 @@ KEPT: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("what", KEPT)
-def test_the_kept_patch_is_damaged(weightlab: Weightlab, place: Path, what: str) -> None:
+def test_the_kept_patch_is_damaged(
+    weightlab: Weightlab, place: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """What needs the patch is refused; taking it off does not need it, and gives the first bytes."""
+    monkeypatch.setattr(os, "link", without_links)  # so that only what is kept is damaged
     assert weightlab("apply", "model", "p.safetensors", "q.safetensors", "--in-place").code == 0
     wl.apply("clean", "p.safetensors", out="expected")
     KEPT[what]()

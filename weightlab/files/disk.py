@@ -155,6 +155,19 @@ def remove_tree(path: Path) -> None:
     _saw("rmtree", path)
 
 
+def hard_link(source: Path, target: Path) -> bool:
+    """Gives `source` a second name; False where the file system or its rules do not allow it."""
+    try:
+        os.link(os.path.realpath(source), target)  # of the file itself, where it is a symbolic link
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.ENOSYS):
+            return False
+        with storage_errors(target):
+            raise
+    _saw("link", source, target)
+    return True
+
+
 def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length: int, path: Path) -> None:
     """Copies bytes inside the kernel (sharing blocks where the file system can), else by read and write."""
     begin, size = offset, length

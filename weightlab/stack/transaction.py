@@ -230,7 +230,9 @@ class _Change:
 
     def _require_room(self, rewrite: Sequence[Target], patches: Sequence[Patch]) -> None:
         kept = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
-        copied = [os.stat(f).st_size for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
+        device = os.stat(self.place.checkpoint).st_dev
+        files = [os.stat(f) for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
+        copied = [f.st_size for f in files if f.st_dev != device]
         linked = [os.stat(self.place.checkpoint / s).st_size for s in self._linked(rewrite)]
         sizes = [os.stat(self.place.checkpoint / s).st_size for s in self._shards(rewrite)]
         needed = kept + sum(copied) + sum(linked)
@@ -375,10 +377,10 @@ def _offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
 
 
 def _store(place: StatePlace, patch: Patch) -> None:
-    """Keeps a copy of a patch beside the checkpoint, which shares its blocks where the file system can.
+    """Keeps a patch beside the checkpoint: a second name of its files, or copies where the file system has no such.
 
-    A second name (a hard link) would cost less and not be safe: whoever writes over the patch's file would change what
-    is kept.
+    A second name costs nothing, whatever the patch's size. Who writes over the patch's file (rather than replacing it,
+    as most programs do) changes what is kept: its digests tell, and to come off it needs the clean bytes only.
 
     Raises:
         IntegrityError: the files are not those of the patch any more.
@@ -391,7 +393,8 @@ def _store(place: StatePlace, patch: Patch) -> None:
     several = len(patch.files) > 1
     for name, source in patch.files.items():
         target = temporary / (name if several else "patch.safetensors")
-        disk.copy_file(source, target)
+        if not disk.hard_link(source, target):
+            disk.copy_file(source, target)
         disk.sync_path(target)
     if open_patch(temporary).id != patch.id:
         raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
