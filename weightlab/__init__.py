@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from weightlab.ops.stack import remove, scale, status
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
+    from weightlab.runtime.order import file_order
     from weightlab.runtime.patched import PatchStack, patched
+    from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
 
 _WHERE = {
@@ -36,10 +38,12 @@ _WHERE = {
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
     "diff": "weightlab.ops.diff",
+    "file_order": "weightlab.runtime.order",
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
     "open_patch": "weightlab.patches.patch",
     "patched": "weightlab.runtime.patched",
+    "recalibrate": "weightlab.runtime.recalibrate",
     "remove": "weightlab.ops.stack",
     "scale": "weightlab.ops.stack",
     "signature": "weightlab.ops.signature",
@@ -57,10 +61,12 @@ __all__ = [
     "compare",
     "compose",
     "diff",
+    "file_order",
     "identify",
     "inspect",
     "open_patch",
     "patched",
+    "recalibrate",
     "remove",
     "scale",
     "signature",
