@@ -37,17 +37,17 @@ class File:
 @dataclass
 class Folder:
     now: dict[str, File | Folder] = field(default_factory=dict)
-    pending: list[tuple[str, str, File | Folder | None]] = field(default_factory=list)
+    pending: list[dict[str, File | Folder | None]] = field(default_factory=list)
     durable: dict[str, File | Folder] = field(default_factory=dict)
 
-    def change(self, name: str, node: File | Folder | None, *more: tuple[str, File | Folder | None]) -> None:
+    def change(self, names: dict[str, File | Folder | None]) -> None:
         """Sets (or with None removes) names; all of one call reach the disk together, as a rename does."""
-        for key, value in ((name, node), *more):
-            if value is None:
-                del self.now[key]
+        for name, node in names.items():
+            if node is None:
+                del self.now[name]
             else:
-                self.now[key] = value
-        self.pending.append(((name, node), *more))  # type: ignore[arg-type]
+                self.now[name] = node
+        self.pending.append(names)
 
     def sync(self) -> None:
         self.durable = dict(self.now)
@@ -59,7 +59,7 @@ class Folder:
         for operation in self.pending:
             if not survives():
                 break
-            for name, node in operation:  # type: ignore[misc]
+            for name, node in operation.items():
                 if node is None:
                     entries.pop(name, None)
                 else:
@@ -92,33 +92,37 @@ class DiskModel:
         return folder
 
     def _parent(self, path: Path) -> Folder:
-        node: Any = self.top
+        node = self.top
         for part in path.relative_to(self.root).parts[:-1]:
-            node = node.now[part]
+            below = node.now[part]
+            assert isinstance(below, Folder)
+            node = below
         return node
 
-    def _node(self, path: Path) -> Any:
+    def _node(self, path: Path) -> File | Folder:
         return self.top if path == self.root else self._parent(path).now[path.name]
 
     def replay(self, operation: str, *arguments: Any) -> None:
         path = arguments[0]
         match operation:
             case "create":
-                self._parent(path).change(path.name, File())
+                self._parent(path).change({path.name: File()})
             case "write":
-                self._node(path).write(arguments[1], arguments[2])
+                file = self._node(path)
+                assert isinstance(file, File)
+                file.write(arguments[1], arguments[2])
             case "sync" | "sync_folder":
                 self._node(path).sync()
             case "rename":
                 old, new = arguments
                 if old.parent == new.parent:
-                    self._parent(old).change(old.name, None, (new.name, self._node(old)))
+                    self._parent(old).change({old.name: None, new.name: self._node(old)})
                 else:
                     raise AssertionError("a rename between folders is not expected")
             case "unlink" | "rmdir" | "rmtree":
-                self._parent(path).change(path.name, None)
+                self._parent(path).change({path.name: None})
             case "mkdir":
-                self._parent(path).change(path.name, Folder())
+                self._parent(path).change({path.name: Folder()})
             case "link":
                 source, target = arguments
                 inside = self.root in source.parents
@@ -127,7 +131,7 @@ class DiskModel:
                     if inside
                     else File(bytearray(source.read_bytes()), bytearray(source.read_bytes()))
                 )
-                self._parent(target).change(target.name, node)
+                self._parent(target).change({target.name: node})
             case _:
                 raise AssertionError(f"an operation that the model does not know: {operation}")
 

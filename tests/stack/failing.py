@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 WRITES = ("pwrite", "copy_file_range")
-OTHERS = ("fsync", "fdatasync", "rename", "mkdir", "unlink", "rmdir")
+OTHERS = ("fsync", "fdatasync", "rename", "mkdir", "link", "unlink", "rmdir")
 
 
 @dataclass

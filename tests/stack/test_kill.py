@@ -38,28 +38,27 @@ class Victims:
             text=True,
             env=environment,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.orders, self.answers = self.process.stdin, self.process.stdout
         assert self._answer() == "ready"
 
     def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        return self.answers.readline().strip()
 
     def run(self, verb: str, model: Path, patch: Path, scale: float, kill_after: float | None) -> float:
         """Lets a child make a change, kills it after so many seconds; returns how long it lived."""
-        assert self.process.stdin is not None
         order = {"verb": verb, "model": str(model), "patch": str(patch), "scale": scale}
-        print(json.dumps(order), file=self.process.stdin, flush=True)
+        print(json.dumps(order), file=self.orders, flush=True)
         child, begun = int(self._answer()), time.monotonic()
-        if kill_after is not None and not select.select([self.process.stdout], [], [], kill_after)[0]:
+        if kill_after is not None and not select.select([self.answers], [], [], kill_after)[0]:
             with contextlib.suppress(ProcessLookupError):  # it may have ended just now
                 os.kill(child, signal.SIGKILL)
         assert self._answer() == "ended"
         return time.monotonic() - begun
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes both pipes and waits
+            pass
 
 
 @pytest.fixture

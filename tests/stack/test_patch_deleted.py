@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,9 @@ from tests.cli.tools import content
 from tests.patches.tools import overwrite
 from tests.stack.models import ENCODINGS, every_dtype, in_memory, moved, weights, write
 from weightlab.errors import IntegrityError
+from weightlab.files import disk
+from weightlab.stack import transaction
+from weightlab.stack.journal import BUSY
 
 
 @pytest.fixture
@@ -225,4 +229,42 @@ def test_the_kept_patch_is_damaged(
     assert weightlab("remove", "model", "q.safetensors").code == 0
     assert weights(place / "model") == weights(place / "expected")
     assert weightlab("remove", "model", "--all").code == 0
+    assert content(place / "model") == content(place / "clean")
+
+
+@pytest.mark.parametrize("command", ["remove q", "remove all"])
+@pytest.mark.parametrize(("at", "happens"), [(0, cut_off), (1, damaged), (5, cut_off), (6, damaged)])
+def test_taking_a_damaged_patch_off_is_interrupted(
+    weightlab: Weightlab,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    at: int,
+    happens: Callable[[Path], None],
+) -> None:
+    """There is no way back without the patch, so what was begun is ended: the clean bytes are all it takes."""
+    wl.apply("clean", "p.safetensors", out="expected")
+    assert weightlab("apply", "model", "p.safetensors", "q.safetensors", "--in-place").code == 0
+    happens(Path("q.safetensors"))
+    words = ("remove", "model", "q.safetensors") if command == "remove q" else ("remove", "model", "--all")
+    write, written = disk.write_at, 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal written
+        if arguments[-1].name.endswith(BUSY):
+            written += 1
+            if written > at:
+                raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as during:
+        during.setattr(disk, "write_at", stop)
+        during.setattr(transaction._Change, "_go_back", lambda *_: None)
+        assert weightlab(*words, "--threads", "1").code == 130
+    assert sorted(Path("model").glob(f"*{BUSY}"))
+    ended = weightlab("status", "model")
+    assert ended.code == 0 and "finished a change that was interrupted" in ended.out
+    if command == "remove q":
+        assert weights(place / "model") == weights(place / "expected")
+        assert weightlab("remove", "model", "--all").code == 0
     assert content(place / "model") == content(place / "clean")

@@ -11,7 +11,8 @@ The order is fixed; each line is durable before the next begins:
     7. names back, intent gone, then whatever is no longer needed
 
 So a killed run leaves a shard missing (no loader takes that for a model), never a mixture that loads. Until step 6
-recovery goes back, computing the old state from the kept clean bytes; after it, forward.
+recovery goes back, computing the old state from the kept clean bytes; after it, forward. It also goes forward where
+the old state cannot be computed any more and the new one can: a damaged patch was being taken off.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ def results(
 def begin(place: StatePlace, intent: Intent) -> None:
     """Steps 4 and the first half of 5: records the intent and sets the shards aside."""
     replace_file(place.intent, text_of(intent))
-    for shard in intent.shards:
+    _set_aside(place, intent.shards)
+
+
+def _set_aside(place: StatePlace, shards: Sequence[str]) -> None:
+    for shard in shards:
         disk.rename(place.checkpoint / shard, place.checkpoint / (shard + BUSY))
     disk.sync_folder(place.checkpoint)
 
@@ -177,24 +182,43 @@ def recover(place: StatePlace, resources: Resources) -> str | None:
         return "finished a change that was interrupted after it was done"
     busy = [s for s in intent.shards if (place.checkpoint / (s + BUSY)).exists()]
     if busy:
-        _undo(place, state, intent, busy, resources)
+        try:
+            _settle(place, state, state, intent, busy, resources)
+        except IntegrityError as no_way_back:
+            try:
+                _set_aside(place, [s for s in intent.shards if s not in busy])
+                _settle(place, intent.new, state, intent, intent.shards, resources)
+            except IntegrityError:
+                raise no_way_back from None
+            commit(place, intent.new)
+            finish(place, intent)
+            return "finished a change that was interrupted: a patch that it takes off is damaged and cannot go on again"
     finish(place, intent)
     return "undid a change that was interrupted"
 
 
-def _undo(place: StatePlace, state: StackState, intent: Intent, busy: Sequence[str], resources: Resources) -> None:
-    # The shards that are set aside are complete files under another name.
+def _settle(
+    place: StatePlace,
+    wanted: StackState,
+    old: StackState,
+    intent: Intent,
+    shards: Sequence[str],
+    resources: Resources,
+) -> None:
+    """Gives the tensors of some shards that are set aside what they are in a state, the old or the new one."""
     anchor = place.checkpoint / place.anchor
-    source = open_anchor(anchor, anchor, BUSY)
-    known = {**intent.new.tensors, **state.tensors}
-    names = [n for n in intent.rewrite if source.file_of[n] in busy]
+    source = open_anchor(anchor, anchor, BUSY)  # they are complete files under another name
+    known = {**intent.new.tensors, **old.tensors}
+    names = [n for n in intent.rewrite if source.file_of[n] in shards]
     clean = CleanSource(source, place.originals, known)
     try:
-        before = fit(clean, entries_of(place, state)).targets if state.patches else {}
-        targets = [before.get(n) or Target(clean.specs[n], clean.specs[n], "sum", []) for n in names]
+        made = fit(clean, entries_of(place, wanted)).targets if wanted.patches else {}
+        targets = [made.get(n) or Target(clean.specs[n], clean.specs[n], "sum", []) for n in names]
+        for patch in {t.patch.id: t.patch for target in targets for t in target.terms}.values():
+            patch.verify(resources)
         checked = results(clean, targets, resources, allow_nonfinite=True)
         damaged = [f"{n}: clean bytes" for n in names if checked[n][0] != known[n].clean]
-        expected = {n: state.tensors[n].now if n in state.tensors else known[n].clean for n in names}
+        expected = {n: wanted.tensors[n].now if n in wanted.tensors else known[n].clean for n in names}
         damaged += [f"{n}: result" for n in names if checked[n][1] != expected[n]]
         if damaged:
             raise IntegrityError(
