@@ -22,9 +22,10 @@ from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, mod
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
+from weightlab.stack.forget import forget
 from weightlab.stack.guards import On, check_unchanged, folder_of, recorded, recover_all, refuse_gone, unreadable
 from weightlab.stack.state import StackState, StatePlace, pending, places
-from weightlab.stack.transaction import ChangeOptions, Links, change, forget
+from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ from weightlab.files.atomic import SUFFIX, replace_file
 from weightlab.files.lock import folder_lock
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, Target, fit
-from weightlab.patches.patch import Patch, open_patch
+from weightlab.patches.patch import Patch
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack import journal
 from weightlab.stack.guards import (
@@ -37,19 +35,19 @@ from weightlab.stack.guards import (
     recover_all,
     unreadable,
 )
+from weightlab.stack.keeping import offsets, store
+from weightlab.stack.links import linked_files, own_copies
 from weightlab.stack.signals import uninterrupted
 from weightlab.stack.state import (
     FOLDER,
     CleanSource,
     Intent,
-    Original,
     PatchOn,
     StackState,
     StatePlace,
     Touched,
     damaged_patches,
     kept_entries,
-    places,
     record_of,
     text_of,
 )
@@ -117,22 +115,6 @@ def change(path: Path, decide: Decide, options: ChangeOptions) -> Changed:
             source.close()
     changed.notes[:0] = notes
     return changed
-
-
-def forget(path: Path, wait: float) -> list[str]:
-    """Drops the record of what is on a checkpoint and keeps its files as they are. Returns notes."""
-    folder = folder_of(path)
-    with folder_lock(folder, exclusive=True, wait=wait):
-        chosen = [p for p in places(folder) if path.is_dir() or p.anchor == path.name]
-        notes = [f"{p.anchor}: its kept clean bytes and patches are removed" for p in chosen]
-        for place in chosen:
-            left = [s.name for s in sorted(folder.glob(f"*{journal.BUSY}"))] if place.intent.exists() else []
-            notes += [f"{name}: half written, left where it is; do not use it" for name in left]
-            disk.remove_tree(place.folder)
-        if (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
-            disk.remove_folder(folder / FOLDER)
-        disk.sync_folder(folder)
-    return notes
 
 
 class _Change:
@@ -205,8 +187,7 @@ class _Change:
         return sorted({self.source.file_of[t.spec.name] for t in rewrite})
 
     def _linked(self, rewrite: Sequence[Target]) -> list[str]:
-        states = {shard: os.lstat(self.place.checkpoint / shard) for shard in self._shards(rewrite)}
-        return [s for s, found in states.items() if stat.S_ISLNK(found.st_mode) or found.st_nlink > 1]
+        return linked_files(self.place.checkpoint, self._shards(rewrite))
 
     def _refuse_links(self, rewrite: Sequence[Target]) -> None:
         linked = self._linked(rewrite)
@@ -272,9 +253,9 @@ class _Change:
                 replace_file(place.stack, text_of(self.state))
             found = self._keep(clean, rewrite)
             for patch in patches:
-                _store(place, patch)
+                store(place, patch)
             new = self._new_state(records, targets, found)
-            own = self._own_copies(rewrite)
+            own = own_copies(place.checkpoint, self._linked(rewrite))
             for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER, place.checkpoint):
                 disk.sync_folder(folder)
             intent = Intent(new=new, shards=self._shards(rewrite), rewrite=[t.spec.name for t in rewrite])
@@ -308,7 +289,7 @@ class _Change:
         """Step 2 and half of 3: computes every result, keeps the clean bytes of newly touched tensors."""
         options, folder = self.options, self.place.originals
         fresh = [t for t in rewrite if t.spec.name not in self.state.tensors]
-        self._originals = _offsets(fresh, f"{self.state.sequence + 1}.bin")
+        self._originals = offsets(fresh, f"{self.state.sequence + 1}.bin")
         if not fresh:
             found = journal.results(clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite)
             self._check(rewrite, found)
@@ -344,59 +325,8 @@ class _Change:
         headers = {t.file: self.source.headers[t.file].digest for t in tensors.values()}
         return StackState(sequence=self.state.sequence + 1, patches=records, tensors=tensors, headers=headers)
 
-    def _own_copies(self, rewrite: Sequence[Target]) -> list[str]:
-        """Replaces shards that are links by copies of their own; the content stays, so a crash does no harm."""
-        notes: list[str] = []
-        for shard in self._linked(rewrite):
-            path = self.place.checkpoint / shard
-            temporary = path.with_name(f".{shard}.{secrets.token_hex(4)}{SUFFIX}")
-            try:
-                disk.copy_file(path, temporary)
-                disk.sync_path(temporary)
-                disk.rename(temporary, path)
-            except BaseException:
-                disk.unlink(temporary, missing_ok=True)
-                raise
-            notes.append(f"{shard} was a link; it is a copy of its own now")
-        return notes
-
 
 def _recipe(target: Target | None) -> object:
     if target is None:
         return None
     return target.mode, [(t.patch.id, t.name, t.scale) for t in target.terms]
-
-
-def _offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
-    originals: dict[str, Original] = {}
-    position = 0
-    for target in targets:
-        originals[target.spec.name] = Original(file=file, offset=position)
-        position += target.spec.nbytes
-    return originals
-
-
-def _store(place: StatePlace, patch: Patch) -> None:
-    """Keeps a patch beside the checkpoint: a second name of its files, or copies where the file system has no such.
-
-    A second name costs nothing, whatever the patch's size. Who writes over the patch's file (rather than replacing it,
-    as most programs do) changes what is kept: its digests tell, and to come off it needs the clean bytes only.
-
-    Raises:
-        IntegrityError: the files are not those of the patch any more.
-    """
-    final = place.patch(patch.id)
-    if final.is_dir():
-        return
-    temporary = place.patches / f".{patch.id}{SUFFIX}"
-    disk.make_folder(temporary)
-    several = len(patch.files) > 1
-    for name, source in patch.files.items():
-        target = temporary / (name if several else "patch.safetensors")
-        if not disk.hard_link(source, target):
-            disk.copy_file(source, target)
-        disk.sync_path(target)
-    if open_patch(temporary).id != patch.id:
-        raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
-    disk.sync_folder(temporary)
-    disk.rename(temporary, final)
