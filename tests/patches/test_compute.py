@@ -145,7 +145,8 @@ def test_another_base_names_every_tensor_and_both_digests(tmp_path: Path) -> Non
     with pytest.raises(WrongBaseError) as caught:
         check_bases(source, fit(source, [StackEntry(patch, 1.0)]).targets.values(), Resources())
     assert caught.value.offenders == tuple(
-        f"{n}: {patch.label} is for {patch.records[n].base_digest}, here is {here[n]}" for n in here
+        f"{n}: {patch.label} is for {patch.records[n].base_digest}, here is {here[n]}"
+        for n in ("layers.0.bias", "temperature")
     )
     assert caught.value.exit_code == 4
     entry = StackEntry(patch, 1.0, exclude=("layers.0.bias", "temperature"))

@@ -150,6 +150,7 @@ def found_on(kit: Kit, model: Path) -> dict[str, float]:
     names = {p.id: n for n, p in kit.patches.items()}
     status = wl.status(model)
     assert status.intact and status.notes == []
+    assert [p.id for p in status.patches] == sorted(p.id for p in status.patches)
     return {names[p.id]: p.scale for p in status.patches}
 
 
