@@ -10,7 +10,8 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from weightlab.errors import NotPatchableError, StorageError
@@ -36,8 +37,11 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
 
 def _temporary(path: Path) -> Path:
     parent = path.absolute().parent
-    for left in parent.glob(f".{path.name}.*{SUFFIX}"):
-        fd = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
+    for left in parent.glob(f".{escape(path.name)}.*{SUFFIX}"):
+        try:
+            fd = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # it became its output just now
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # in use by another run, or no locks here: not ours to remove
@@ -50,21 +54,16 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and is removed when it does not.
-
-    Every file in it is synced before the rename. `path` may be an empty folder.
-    """
-    refuse_existing(path)
+def _locked_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, locked as in use, and removed when the block does not end well."""
     temporary = _temporary(path)
     fd = -1
     try:
         disk.make_folder(temporary)
         fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        with suppress(OSError):  # where there are no locks, nothing that is left behind is removed either
+            fcntl.flock(fd, fcntl.LOCK_SH)
         yield temporary
-        sync_tree(temporary)
-        disk.rename(temporary, path.absolute())
     except BaseException:
         if temporary.is_dir():
             disk.remove_tree(temporary)
@@ -72,6 +71,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and is removed when it does not.
+
+    Every file in it is synced before the rename. `path` may be an empty folder.
+    """
+    refuse_existing(path)
+    with _locked_folder(path) as temporary:
+        yield temporary
+        sync_tree(temporary)
+        disk.rename(temporary, path.absolute())
     disk.sync_folder(path.absolute().parent)
 
 
@@ -79,23 +91,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A path for a temporary file that becomes `path` when the block ends well, and is removed when it does not.
 
-    The block makes the file, for instance with `disk.create`.
+    It lies in a temporary folder, which can be locked before the file is there. The block makes the file, for instance
+    with `disk.create`.
     """
     refuse_existing(path, overwrite=overwrite)
     if path.is_dir():
         raise NotPatchableError(f"{path} is a folder", "give the name of a file")
-    temporary = _temporary(path)
-    try:
+    with _locked_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            disk.sync_file(fd, temporary)
-        finally:
-            os.close(fd)
+        disk.sync_path(temporary)
         disk.rename(temporary, path.absolute())
-    except BaseException:
-        disk.unlink(temporary, missing_ok=True)
-        raise
+        disk.remove_folder(folder)
     disk.sync_folder(path.absolute().parent)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from safetensors import SafetensorError, safe_open
 
@@ -119,6 +120,9 @@ def _entries(path: Path, tree: Mapping[str, Any], start: int, size: int) -> dict
     entries: dict[str, Entry] = {}
     wrong: list[str] = []
     for name, value in tree.items():
+        if not name or any(category(c) in ("Cc", "Cs") for c in name):
+            wrong.append(f"{name!r}: not a name (it is empty, or has control characters or half characters)")
+            continue
         match value:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
                 pass
