@@ -59,7 +59,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(weightlab: Weightlab) -
     assert ended.code == 2 and ended.out == ""
     wrong, remedy = ended.err.splitlines()
     assert wrong == "error: unknown command 'aply'"
-    assert remedy.startswith("  → did you mean 'apply'? choose from apply, compose, ")
+    assert remedy.startswith("  → did you mean 'apply'? choose from apply, compare, compose, ")
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(weightlab: Weightlab) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -56,13 +57,23 @@ class MemorySource:
             n: TensorSpec(n, BY_TORCH[t.dtype].name, _logical_shape(t)) for n, t in self.tensors.items()
         }
         self.opaque = opaque_names(self.specs, {}) | opaque
+        self._copy: tuple[str | None, Tensor] = None, torch.empty(0)
+        self._lock = Lock()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self._bytes(name)[start : start + out.numel()])
+
+    def _bytes(self, name: str) -> Tensor:
+        """The tensor's bytes, flat. A copy that this takes is kept until another tensor needs one."""
         tensor = self.tensors[name]
-        flat = tensor.contiguous().reshape(-1)
-        if flat.device.type != "cpu":
-            flat = flat.cpu()
-        out.copy_(flat.view(torch.uint8)[start : start + out.numel()])
+        if tensor.is_contiguous() and tensor.device.type == "cpu":
+            return tensor.reshape(-1).view(torch.uint8)
+        with self._lock:
+            copied, flat = self._copy
+            if copied != name:
+                flat = tensor.contiguous().reshape(-1).cpu().view(torch.uint8)
+                self._copy = name, flat
+            return flat
 
     def close(self) -> None:
         """Nothing to give back: the tensors belong to the caller."""
