@@ -11,6 +11,7 @@ from weightlab.extract.rules import EncodeRules
 from weightlab.patches.header import Kind, Method
 from weightlab.stream.executor import Resources
 from weightlab.tensors.match import ALLOWANCES
+from weightlab.tensors.select import patterns
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -49,9 +50,7 @@ class DiffOptions:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
-        self.include, self.exclude, self.allow = (
-            (given,) if isinstance(given, str) else tuple(given) for given in (self.include, self.exclude, self.allow)
-        )
+        self.include, self.exclude, self.allow = map(patterns, (self.include, self.exclude, self.allow))
         unknown = [repr(word) for word in self.allow if word not in ALLOWANCES]
         if unknown:
             raise UsageError("unknown differences to allow", f"choose from {', '.join(ALLOWANCES)}", unknown)

@@ -18,6 +18,7 @@ from weightlab.patches.fit import StackEntry
 from weightlab.stack.guards import On
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
+from weightlab.tensors.select import patterns
 
 
 @overload
@@ -110,7 +111,7 @@ def _entries(
     return [
         (
             label_of(operand, patch),
-            StackEntry(patch, patch.exact_scale, tuple(include), tuple(exclude), dict(renames or {})),
+            StackEntry(patch, patch.exact_scale, patterns(include), patterns(exclude), dict(renames or {})),
         )
         for operand, patch in zip(operands, open_patches(operands), strict=True)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
-from weightlab.extract.diff import match_sources
+from weightlab.extract.match import aligned, match_sources
 from weightlab.ops.inspect import Inspection, row_of, summarise
 from weightlab.ops.moments import moments
 from weightlab.ops.operands import ModelLike, reading
@@ -44,6 +44,7 @@ def difference(
         after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
         if renames:
             after = RenamedSource(after, renames)
+        before, after = aligned(before, after)
         pairing = match_sources(before, after, allow)
         chosen = set(select([*pairing.both, *pairing.added, *pairing.removed], include, exclude))
         both = [n for n in pairing.both if n in chosen]

@@ -26,7 +26,7 @@ def patch_state_dict(
     """
     source = MemorySource(state)
     targets = checked_fit(source, entries, resources).targets
-    made = {n: torch.empty(t.result.shape, dtype=t.result.type.torch) for n, t in targets.items() if t.mode != "remove"}
+    made = {n: t.result.empty() for n, t in targets.items() if t.mode != "remove"}
     offences = Offences()
 
     def tasks() -> Iterator[tuple[Target, int, int]]:

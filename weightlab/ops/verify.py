@@ -108,6 +108,6 @@ def _check_base(patch: Patch, source: Source, resources: Resources) -> str:
         raise WrongBaseError(
             f"{source.label} is not the base of {patch.label}", "find the checkpoint it was taken from", wrong
         )
-    if not expected:
+    if not expected and whole is None:
         return f"the patch does not say what its base was, so {source.label} could not be compared"
     return f"{source.label} is its base"

@@ -67,7 +67,6 @@ class Target:
         result: as it will be stored; equal to `spec` where only values change.
         mode: "sum": clean + Σ scale·Δ; "restore": the tuned bits of an exact patch; "add"; "remove".
         terms: in the order of the patch ids.
-        expected_digest: what the clean bytes must be, where an exact patch needs that.
     """
 
     spec: TensorSpec
@@ -75,13 +74,6 @@ class Target:
     mode: Mode
     terms: list[Term]
     opaque: bool = False
-
-    @property
-    def expected_digest(self) -> str | None:
-        for term in self.terms:
-            if term.patch.encoding(term.name).lossless and term.scale != 0.0:
-                return term.record.base_digest
-        return None
 
     @property
     def result_digest(self) -> str | None:

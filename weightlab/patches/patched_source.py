@@ -101,6 +101,8 @@ class DeltaSource:
                 base = self._read_base(name, patch, first, last)
                 patch.encoding(name).decode(parts, first, last, base, delta, self._own.workspace)
                 total.add_(delta if patch.exact_scale == 1.0 else delta.mul_(patch.exact_scale))
+                if last == self.specs[name].stored.numel:
+                    parts.release()
             piece.copy_(total.view(torch.uint8)[inside])
 
     def _read_base(self, name: str, patch: Patch, first: int, last: int) -> Tensor:

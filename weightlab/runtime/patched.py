@@ -19,6 +19,7 @@ from weightlab.patches.patch import Patch
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.select import patterns
 from weightlab.tensors.tiles import tiles
 
 _in_use: WeakSet[nn.Module] = WeakSet()
@@ -53,7 +54,7 @@ class PatchStack:
         if module in _in_use:
             raise StackError("another stack of patches is on this module", "add to that one, or close it first")
         self._module = module
-        self._options = (tuple(include), tuple(exclude), dict(renames or {}))
+        self._options = (patterns(include), patterns(exclude), dict(renames or {}))
         self._allow, self._resources = allow_nonfinite, resources or Resources()
         self._entries: list[StackEntry] = []
         self._clean: dict[str, Tensor] = {}
@@ -137,7 +138,7 @@ class PatchStack:
         return {n: by_place[t.data_ptr()] for n, t in state.items() if t.numel() and t.data_ptr() in by_place}
 
     def _compute(self, source: MemorySource, targets: Sequence[Target]) -> dict[str, Tensor]:
-        made = {t.spec.name: torch.empty(t.spec.shape, dtype=t.spec.type.torch) for t in targets}
+        made = {t.spec.name: t.spec.empty() for t in targets}
         offences = Offences()
 
         def tasks() -> Iterator[tuple[Target, int, int]]:

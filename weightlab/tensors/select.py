@@ -13,12 +13,18 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def select(names: Collection[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def patterns(given: str | Collection[str]) -> tuple[str, ...]:
+    """One glob or several as several: a string is one, not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def select(names: Collection[str], include: str | Sequence[str], exclude: str | Sequence[str]) -> list[str]:
     """The names that some `include` matches (all, when there is none) and no `exclude` matches, order kept.
 
     Raises:
         UsageError: patterns that match nothing are listed; a misspelt pattern must not pass in silence.
     """
+    include, exclude = patterns(include), patterns(exclude)
     idle = [p for p in (*include, *exclude) if not any(fnmatchcase(name, p) for name in names)]
     if idle:
         raise UsageError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,12 @@ class TensorSpec:
     def stored(self) -> TensorSpec:
         """The tensor as whole bytes allow: itself, or flat bytes for sub-byte dtypes."""
         return self if self.type.bits >= 8 else TensorSpec(self.name, "U8", (self.nbytes,))
+
+    def empty(self) -> Tensor:
+        """A tensor of this dtype and shape, with any content; torch counts two elements of F4 as one."""
+        assert self.type.torch is not None
+        shape = (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == "F4" else self.shape
+        return torch.empty(self.nbytes, dtype=torch.uint8).view(self.type.torch).reshape(shape)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
