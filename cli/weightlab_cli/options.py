@@ -52,11 +52,10 @@ class Common:
     @contextmanager
     def resources(self) -> Iterator[Resources]:
         """The library's resources, with a progress bar while the block runs."""
-        from weightlab.stream.executor import DEFAULT_MEMORY, Resources
+        from weightlab.stream.executor import Resources
 
         with Bar(not (self.output.json or self.output.quiet)) as bar:
-            memory = DEFAULT_MEMORY if self.memory is None else self.memory
-            yield Resources(self.threads, memory, self.device, bar.report)
+            yield Resources(self.threads, self.memory, self.device, bar.report)
 
 
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback with an error.")

@@ -12,7 +12,7 @@ from weightlab_cli.options import memory_size
 import weightlab as wl
 from tests.cli.conftest import Weightlab
 from tests.cli.tools import content
-from weightlab.stream.executor import DEFAULT_MEMORY, Resources
+from weightlab.stream.executor import Resources
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_resources_arrive_at_the_library(weightlab: Weightlab, place: Path, monk
     monkeypatch.setattr(wl, "inspect", inspect)
     assert weightlab("inspect", "base").code == 0
     assert weightlab("inspect", "base", "--threads", "3", "--memory", "1G", "--device", "cpu").code == 0
-    assert [(r.threads, r.memory, r.device) for r in seen] == [(None, DEFAULT_MEMORY, "cpu"), (3, 2**30, "cpu")]
+    assert [(r.threads, r.memory, r.device) for r in seen] == [(None, None, "cpu"), (3, 2**30, "cpu")]
 
 
 @pytest.mark.parametrize("words", [("--threads", "0"), ("--threads", "x"), ("--wait", "-1"), ("--links", "follow")])

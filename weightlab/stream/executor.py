@@ -21,6 +21,7 @@ from weightlab.files.digest import Aborted, Turns
 Task = TypeVar("Task")
 DEFAULT_MEMORY = 512 * 2**20
 _INTERPRETER = 288 * 2**20  # measured: python, torch and the other imports
+_PER_ELEMENT = 50  # measured: of a matrix that is factorised, 17 to 23 bytes by rank and 47 to 49 by energy
 _PER_THREAD = 40 * 2**20  # measured: buffers of fp32 and storage tiles, decoder temporaries
 
 
@@ -62,13 +63,14 @@ class Resources:
 
     Attributes:
         threads: worker threads; None: one a core, at most 8.
-        memory: bytes the process should stay below, the interpreter included.
+        memory: bytes the process should stay below, the interpreter included. None: `DEFAULT_MEMORY`, and more where
+            a step needs a whole matrix.
         device: where arithmetic runs: "cpu", or an accelerator such as "cuda".
         progress: called with (bytes done, bytes in all).
     """
 
     threads: int | None = None
-    memory: int = DEFAULT_MEMORY
+    memory: int | None = None
     device: str = "cpu"
     progress: Callable[[int, int], None] | None = None
 
@@ -94,10 +96,11 @@ class Resources:
         Raises:
             UsageError: not even one fits.
         """
-        fitting = (self.memory - _INTERPRETER) // _PER_THREAD
+        memory = DEFAULT_MEMORY if self.memory is None else self.memory
+        fitting = (memory - _INTERPRETER) // _PER_THREAD
         if fitting < 1:
             least = (_INTERPRETER + _PER_THREAD) // 2**20
-            raise UsageError(f"--memory {self.memory // 2**20}M is too small", f"give at least {least}M")
+            raise UsageError(f"--memory {memory // 2**20}M is too small", f"give at least {least}M")
         wanted = self.threads if self.threads is not None else min(8, len(os.sched_getaffinity(0)))
         if wanted < 1:
             raise UsageError(f"--threads {wanted} makes no sense", "give 1 or more")
@@ -109,8 +112,8 @@ class Resources:
         Raises:
             UsageError: names the tensor and what it needs.
         """
-        needed = _INTERPRETER + numel * 4 * 4
-        if self.memory != DEFAULT_MEMORY and needed > self.memory:
+        needed = _INTERPRETER + numel * _PER_ELEMENT
+        if self.memory is not None and needed > self.memory:
             raise UsageError(
                 f"{name}: factorising it needs about {needed // 2**20}M",
                 "give more --memory, or another encoding for it",
