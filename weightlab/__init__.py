@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weightlab.ops.stack import remove, scale, status
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
-    from weightlab.runtime.order import file_order
+    from weightlab.runtime.names import file_order
     from weightlab.runtime.patched import PatchStack, patched
     from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
@@ -38,7 +38,7 @@ _WHERE = {
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
     "diff": "weightlab.ops.diff",
-    "file_order": "weightlab.runtime.order",
+    "file_order": "weightlab.runtime.names",
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
     "open_patch": "weightlab.patches.patch",

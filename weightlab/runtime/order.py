@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from weightlab.errors import UsageError
+from weightlab.runtime.names import file_order
 
 
 def network_of(reference: str) -> nn.Module:
@@ -68,8 +69,3 @@ def order_of(model: str | os.PathLike[str], reference: str | None = None) -> lis
         return None
     with torch.device("meta"):
         return file_order(known(config))
-
-
-def file_order(module: nn.Module) -> list[str]:
-    """The names of a network's tensors in the order of its modules."""
-    return list(module.state_dict())

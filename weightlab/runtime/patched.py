@@ -16,6 +16,7 @@ from weightlab.ops.operands import PatchesLike, PatchLike, open_patches
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
 from weightlab.patches.patch import Patch
+from weightlab.runtime.names import file_tensors
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale
@@ -33,9 +34,10 @@ class PatchStack:
     objects; their values are changed in place.
 
     Args:
-        module: names of patches are the names of its state dict.
-        renames: {old prefix: new prefix} from the patches' tensor names to the module's.
-        include, exclude: globs over the module's tensor names.
+        module: patches go by the names of its checkpoint's files, which for modules of transformers are mapped to the
+            module's; for others they are the names of its state dict.
+        renames: {old prefix: new prefix} from the patches' tensor names to those.
+        include, exclude: globs over those names.
 
     Raises:
         StackError: another stack is on the module.
@@ -113,7 +115,7 @@ class PatchStack:
     def _become(self, entries: Sequence[StackEntry]) -> None:
         """Makes these patches those that are on. An error leaves the module as it is."""
         entries = sorted(entries, key=lambda e: e.patch.id)
-        state = {n: t.detach() for n, t in self._module.state_dict(keep_vars=True).items()}
+        state = file_tensors(self._module)
         source = MemorySource(state | self._clean_of(state), label=type(self._module).__name__)
         targets = checked_fit(source, entries, self._resources).targets if entries else {}
         wrong = [f"{n}: would come, go, or change size or dtype" for n, t in targets.items() if _reshapes(t)]
