@@ -68,6 +68,22 @@ def test_opaque_tensors_exactly_or_not_at_all() -> None:
         wl.apply(base, 0.5 * patch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_numbers_stay_when_the_caller_flushes_them(dtype: torch.dtype) -> None:
+    tiny = torch.tensor([1e-40, -1e-40, 1.0, 1e-39]).to(dtype)
+    patch = wl.diff({"w": tiny}, {"w": tiny + torch.tensor([0.0, 0.0, 1.0, 0.0]).to(dtype)}, encode="dense")
+    moved = wl.diff({"w": torch.zeros(4, dtype=dtype)}, {"w": tiny}, encode="dense")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush them")
+    try:
+        result = wl.apply({"w": tiny}, patch)["w"]
+        twice = wl.apply({"w": tiny}, moved)["w"]
+    finally:
+        torch.set_flush_denormal(False)
+    assert result.tolist() == [tiny[0].item(), tiny[1].item(), 2.0, tiny[3].item()] and result[0] != 0
+    assert torch.equal(twice, tiny + tiny)
+
+
 def test_usage() -> None:
     patch = wl.diff(state(), state(1, 0.1))
     with pytest.raises(UsageError, match="no place on disk"):

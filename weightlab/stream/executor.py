@@ -159,6 +159,7 @@ def run(
 
     def loop() -> None:
         torch.set_num_threads(1)
+        torch.set_flush_denormal(False)  # of this thread alone; one that the caller has set would be inherited
         workspace = Workspace(resources.device)
         try:
             with torch.no_grad():
