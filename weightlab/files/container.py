@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from safetensors import SafetensorError, safe_open
 
 from weightlab.errors import MalformedFileError, MissingInputError
 from weightlab.files.digest import bytes_digest
-from weightlab.tensors.spec import DTYPES, TensorSpec
+from weightlab.tensors.spec import DTYPES, TensorSpec, is_name
 
 MAX_HEADER = 100_000_000  # the format's own limit
 _ALIGN = 8
@@ -120,7 +119,7 @@ def _entries(path: Path, tree: Mapping[str, Any], start: int, size: int) -> dict
     entries: dict[str, Entry] = {}
     wrong: list[str] = []
     for name, value in tree.items():
-        if not name or any(category(c) in ("Cc", "Cs") for c in name):
+        if not is_name(name):
             wrong.append(f"{name!r}: not a name (it is empty, or has control characters or half characters)")
             continue
         match value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -109,6 +110,14 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
+
+
+def is_name(name: object) -> bool:
+    """Whether a tensor can be called so: no empty text, no control characters, no halves of characters.
+
+    Anything else is a name, dots, slashes and colons included: nothing is ever made of it but a key.
+    """
+    return isinstance(name, str) and bool(name) and not any(category(c) in ("Cc", "Cs") for c in name)
 
 
 def compute_dtype(*specs: TensorSpec) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlab.errors import InputError
 from weightlab.sources._quantised import opaque_names
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.spec import BY_TORCH, TensorSpec
+from weightlab.tensors.spec import BY_TORCH, TensorSpec, is_name
 
 
 class MemorySource:
@@ -37,6 +37,13 @@ class MemorySource:
             for n, t in state.items()
             if isinstance(t, Tensor) and (t.layout != torch.strided or t.dtype not in BY_TORCH or t.is_quantized)
         ]
+        nameless = [repr(n) for n in state if not is_name(n)]
+        if nameless:
+            raise InputError(
+                f"{label}: these are no names of tensors",
+                "give texts that are not empty and have no control characters",
+                nameless,
+            )
         if wrong:
             raise InputError(f"{label}: holds values that are not plain tensors", "give a state dict of tensors", wrong)
         self.label = label
