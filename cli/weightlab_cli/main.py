@@ -26,7 +26,7 @@ COMMANDS: Registry[click.Command] = Registry("weightlab_cli.commands", "command"
 _SECTIONS = {
     "Make a patch": ("diff", "signature", "compose"),
     "Put it on a model": ("apply", "remove", "scale", "status"),
-    "Look": ("inspect", "compare", "identify", "verify"),
+    "Look": ("inspect", "compare", "identify", "verify", "eval"),
 }
 
 

@@ -11,6 +11,7 @@ import sys
 
 import click
 import pytest
+from weightlab_cli.commands.eval import EVALUATIONS
 from weightlab_cli.main import COMMANDS, commands, run
 from weightlab_cli.options import ENCODINGS
 
@@ -19,6 +20,8 @@ from weightlab.errors import WeightlabError
 from weightlab.extract.rules import parse_choice
 
 NAMES = COMMANDS.names()
+LEAVES: dict[str, click.Command] = {name: COMMANDS.get(name) for name in NAMES if name not in ("demo", "eval")}
+LEAVES |= {f"eval {name}": EVALUATIONS.get(name) for name in EVALUATIONS.names()}
 EVERYWHERE = ("--json", "--quiet", "--debug", "--dry-run", "--threads", "--memory", "--device", "--help")
 
 
@@ -37,15 +40,19 @@ def problems(line: str) -> str | None:
     if program != "weightlab" or not words or words[0] not in NAMES:
         return f"not a command of ours: {line}"
     try:
-        COMMANDS.get(words[0]).make_context(words[0], words[1:])
+        context = COMMANDS.get(words[0]).make_context(words[0], words[1:])
+        if isinstance(context.command, click.Group):
+            _, leaf, rest = context.command.resolve_command(context, words[1:])
+            assert leaf is not None
+            leaf.make_context(words[1], rest)
     except (click.ClickException, WeightlabError) as error:
         return f"{line}: {error}"
     return None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LEAVES])
 def test_examples_are_right(name: str) -> None:
-    lines = examples(COMMANDS.get(name))
+    lines = examples(LEAVES.get(name) or COMMANDS.get(name))
     assert any(line.startswith(f"weightlab {name} ") or line == f"weightlab {name}" for line in lines)
     assert [p for line in lines if (p := problems(line))] == []
 
@@ -63,23 +70,23 @@ def test_the_test_of_examples_can_fail() -> None:
     assert examples(click.Command("x", help="Does it.")) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LEAVES])
 def test_every_command_has_a_help_that_works(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([name, "--help"]) == 0
+    assert run([*name.split(), "--help"]) == 0
     printed = capsys.readouterr()
     assert "Example:" in printed.out and printed.err == ""
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "demo"])
+@pytest.mark.parametrize("name", LEAVES)
 def test_options_that_every_command_has(name: str) -> None:
-    command = COMMANDS.get(name)
+    command = LEAVES[name]
     known = {o for p in command.get_params(click.Context(command)) for o in p.opts}
     assert known >= set(EVERYWHERE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*LEAVES, "demo"])
 def test_every_option_says_what_it_does(name: str) -> None:
-    options = [p for p in COMMANDS.get(name).params if isinstance(p, click.Option)]
+    options = [p for p in (LEAVES.get(name) or COMMANDS.get(name)).params if isinstance(p, click.Option)]
     assert [p.name for p in options if not p.help] == []
 
 
@@ -113,7 +120,8 @@ def test_encodings_in_the_help_are_those_that_there_are() -> None:
 
 
 def test_help_of_all_commands_imports_nothing_heavy() -> None:
-    code = f"from weightlab_cli.main import run\nfor name in {NAMES!r}: assert run([name, '--help']) == 0"
+    lines = [[*name.split(), "--help"] for name in (*NAMES, *LEAVES)]
+    code = f"from weightlab_cli.main import run\nfor words in {lines!r}: assert run(words) == 0"
     assert loaded(code, HEAVY) == []
 
 

@@ -1,0 +1,137 @@
+"""Image classifiers: of transformers, or made by a Python function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.ops.operands import reading
+from weightlab.runtime.order import network_of
+from weightlab_evals.images.data import Image, Images
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A network and how images become its input.
+
+    Attributes:
+        prepare: RGB images to one batch.
+        classes: {name: place in the output}, where the model says so.
+    """
+
+    module: nn.Module
+    prepare: Callable[[Sequence[Image]], Tensor]
+    classes: Mapping[str, int] = field(default_factory=dict)
+
+    def scores(self, images: Sequence[Image]) -> Tensor:
+        """What the network gives for a batch: [N, classes]."""
+        with torch.no_grad():
+            outputs = self.module(self.prepare(images))
+        found: Tensor = getattr(outputs, "logits", outputs)
+        return found
+
+    def places(self, images: Images) -> NDArray[np.int64]:
+        """The labels of images as places in the output: by name where both have names, else as they are.
+
+        Raises:
+            InputError: they do not fit the output.
+        """
+        outputs = self.scores([images.read(0)]).shape[1]
+        if images.classes and all(name in self.classes for name in images.classes):
+            return np.asarray([self.classes[name] for name in images.classes], dtype=np.int64)[images.labels]
+        known = len(images.classes) or outputs
+        if known != outputs or int(images.labels.max()) >= outputs or int(images.labels.min()) < 0:
+            raise InputError(
+                f"{images.name} has labels {images.labels.min()} to {images.labels.max()}"
+                + (f" of {known} classes" if images.classes else "")
+                + f", and the model tells {outputs} apart",
+                "give data for this model; class folders may also go by the names in its config.json",
+            )
+        return images.labels
+
+    def predict(self, images: Images, batch: int, after: Callable[[int], None] = lambda _: None) -> Tensor:
+        """The class of each image: int64 [N]. `after` is told how many have been done since."""
+        found = []
+        for start in range(0, len(images), batch):
+            part = [images.read(place) for place in range(start, min(start + batch, len(images)))]
+            found.append(self.scores(part).argmax(1).cpu())
+            after(len(part))
+        return torch.cat(found)
+
+
+def open_classifier(model: str, reference: str | None = None, key: str | None = None) -> Classifier:
+    """The classifier at a path.
+
+    Args:
+        model: a folder that transformers can load; or with `reference` any checkpoint of that network.
+        reference: `package.module:function` that makes the network. It takes RGB in 0..1, [N, 3, H, W], unless it has
+            a function `preprocess` from uint8 [N, H, W, 3] to its input.
+
+    Raises:
+        MissingInputError, UsageError: it is no such model, or transformers is not installed.
+        NamesMismatchError: lists the tensors in which network and checkpoint differ.
+    """
+    if reference is not None:
+        return _made(model, reference, key)
+    if not (Path(model) / "config.json").is_file():
+        raise MissingInputError(
+            f"{model}: no folder with a config.json", "name the network with --model MODULE:FUNCTION"
+        )
+    try:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+    except ImportError as error:
+        raise UsageError("this needs transformers", "pip install 'weightlab[vision]'") from error
+    try:
+        module = AutoModelForImageClassification.from_pretrained(model, local_files_only=True).eval()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{model}: transformers cannot load it as an image classifier: {error}") from error
+    try:
+        load: Callable[..., Any] = AutoImageProcessor.from_pretrained
+        processor = load(model, local_files_only=True, backend="pil")  # no torchvision
+    except (ValueError, OSError) as error:
+        raise InputError(f"{model}: no image processor: {error}", "add its preprocessor_config.json") from error
+
+    def prepare(images: Sequence[Image]) -> Tensor:
+        values: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return values
+
+    return Classifier(module, prepare, {str(k): int(v) for k, v in module.config.label2id.items()})
+
+
+def _made(model: str, reference: str, key: str | None) -> Classifier:
+    module = network_of(reference).eval()
+    with reading(model, key=key) as source:
+        wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        names = {**{n: n for n in source.specs}, **source.aliases}
+        there = {name: source.specs[stored].shape for name, stored in names.items()}
+        wrong = [
+            f"{n}: {list(wanted[n])} in the network, {list(there[n])} in the checkpoint"
+            for n in wanted
+            if n in there and wanted[n] != there[n]
+        ]
+        wrong += [f"{n}: not in the checkpoint" for n in wanted if n not in there]
+        wrong += [f"{n}: not in the network" for n in there if n not in wanted]
+        if wrong:
+            raise NamesMismatchError(
+                f"{model} is no checkpoint of {reference}", "give the network that it is of", wrong
+            )
+        state: dict[str, Tensor] = {}
+        for name, stored in names.items():
+            state[name] = source.specs[stored].empty()
+            source.read(stored, 0, state[name].reshape(-1).view(torch.uint8))
+        module.load_state_dict(state)
+    own: Callable[[Tensor], Tensor] | None = getattr(module, "preprocess", None)
+
+    def prepare(images: Sequence[Image]) -> Tensor:
+        stacked = torch.from_numpy(np.stack(images))
+        return own(stacked) if own is not None else stacked.permute(0, 3, 1, 2).float().div_(255)
+
+    return Classifier(module, prepare)
