@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from weightlab.errors import UsageError
 from weightlab.extract.norms import STATISTICS
+from weightlab.runtime.names import file_tensors
 
 
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -21,7 +22,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tenso
         batches: inputs for `module(batch)`.
 
     Returns:
-        {name of the running mean or variance: its new value}.
+        {name of the running mean or variance, as in the files: its new value}.
 
     Raises:
         UsageError: the module has no such layer, or there is no batch.
@@ -49,9 +50,9 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tenso
                 count += 1
         if not count:
             raise UsageError("there is no data to recalibrate on", "give at least one batch")
-        state = module.state_dict()
-        names = [f"{name}.{part}".lstrip(".") for name in norms for part in STATISTICS]
-        return {name: state[name].clone() for name in names}
+        places = {tensor.data_ptr(): name for name, tensor in file_tensors(module).items()}
+        found = [getattr(layer, part) for layer in norms.values() for part in STATISTICS]
+        return {places[tensor.data_ptr()]: tensor.clone() for tensor in found}
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum

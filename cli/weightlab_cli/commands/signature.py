@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from weightlab.errors import UsageError
 from weightlab_cli import options
 from weightlab_cli.options import Common
 
@@ -46,8 +47,12 @@ from weightlab_cli.options import Common
     default="keep",
     show_default=True,
     metavar="MODE",
-    help="Layers with running statistics: keep, robust (the robust model's), or blend:SHARE (part of the way).",
+    help="Layers with running statistics: keep, robust (the robust model's), blend:SHARE (part of the way) or "
+    "recalibrate (robust, and the statistics measured on --data).",
 )
+@click.option("--data", metavar="DATA", help="For --norm recalibrate: images as for `weightlab eval images`.")
+@click.option("--corruption", metavar="NAME", help="Corrupt them at severity 5; leave it out when they are already.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @options.encode
 @options.key
 @click.option("--base-name", metavar="ORG/NAME", help="What CLEAN is called on the Hub; kept in the header.")
@@ -59,7 +64,17 @@ from weightlab_cli.options import Common
 @options.wait
 @options.common
 def command(
-    common: Common, pretrained: str, clean: str, robust: str, out: Path, model: str | None, dry_run: bool, **chosen: Any
+    common: Common,
+    pretrained: str,
+    clean: str,
+    robust: str,
+    out: Path,
+    model: str | None,
+    data: str | None,
+    corruption: str | None,
+    limit: int | None,
+    dry_run: bool,
+    **chosen: Any,
 ) -> None:
     """Take the Robust Weight Signature of a model as a patch.
 
@@ -69,6 +84,7 @@ def command(
     \b
     Example:
       weightlab signature pretrained/ clean/ noisy/ -o noise.safetensors --layers first:6 --encode quantized:8
+      weightlab signature pretrained/ clean/ noisy/ -o noise.safetensors --norm recalibrate --data noisy-photos/
       weightlab apply clean/ noise.safetensors --in-place
     """
     import weightlab as wl
@@ -81,7 +97,14 @@ def command(
     chosen["encode"] = chosen["encode"] or "dense"
     if not chosen["units"]:
         chosen["order"] = order_of(clean, model)
+    if (chosen["norm"] == "recalibrate") != (data is not None):
+        raise UsageError("--norm recalibrate and --data go together", "give both or neither")
     with common.resources() as resources:
+        if data is not None:
+            from weightlab_evals.images.statistics import measured
+
+            before = wl.signature(pretrained, clean, robust, resources=resources, **(chosen | {"norm": "robust"}))
+            chosen["statistics"] = measured(clean, before, data, corruption, model, limit, chosen["key"])
         patch = wl.signature(pretrained, clean, robust, None if dry_run else out, resources=resources, **chosen)
     found = inspect(patch)
     show_layers(common.output, found)
