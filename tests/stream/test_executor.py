@@ -81,6 +81,11 @@ def test_the_budget_decides_on_threads() -> None:
     with pytest.raises(UsageError, match="too small") as failed:
         Resources(memory=least - 1).workers()
     assert f"{least // 2**20}M" in failed.value.remedy
+    assert Resources(threads=64, memory=2 * least).workers(2**24) < Resources(threads=64, memory=2 * least).workers()
+    with pytest.raises(UsageError, match="too small") as failed:
+        Resources(memory=least).workers(2**20)
+    assert f"{least // 2**20 + 1}M" in failed.value.remedy
+    assert Resources().workers(2**40) == 1  # no limit was given
     with pytest.raises(UsageError, match="--threads 0"):
         Resources(threads=0).workers()
 

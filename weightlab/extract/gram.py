@@ -13,9 +13,10 @@ from weightlab.errors import NonFiniteError
 from weightlab.files.digest import Turns
 from weightlab.sources import Source
 from weightlab.stream.executor import Progress, Resources, Workspace, run
-from weightlab.tensors.tiles import tiles
+from weightlab.tensors.tiles import TILE, tiles
 
 Gram = NDArray[np.float64]
+_PER_SOURCE = TILE * 20  # bytes a thread: a tile in fp64, and what a source of patches computes it in
 
 
 def gram(sources: Sequence[Source], names: Sequence[str], resources: Resources) -> dict[str, Gram]:
@@ -27,6 +28,7 @@ def gram(sources: Sequence[Source], names: Sequence[str], resources: Resources) 
         sources: of float tensors; one that lacks a tensor counts as zero there. Shapes agree.
 
     Raises:
+        UsageError: so many sources do not fit the memory that is given.
         NonFiniteError: lists the tensors whose products are not finite.
     """
     turns = Turns()
@@ -62,7 +64,7 @@ def gram(sources: Sequence[Source], names: Sequence[str], resources: Resources) 
             found[name] += products
         progress.advance(read)
 
-    run(tasks(), work, resources, turns)
+    run(tasks(), work, resources, turns, more=len(sources) * _PER_SOURCE)
     wrong = [name for name, products in found.items() if not np.isfinite(products).all()]
     if wrong:
         raise NonFiniteError("NaN or infinity in the weights", "exclude these tensors", wrong)

@@ -64,7 +64,7 @@ class Resources:
     Attributes:
         threads: worker threads; None: one a core, at most 8.
         memory: bytes the process should stay below, the interpreter included. None: `DEFAULT_MEMORY`, and more where
-            a step needs a whole matrix.
+            a step needs a whole matrix, or many inputs at a time.
         device: where arithmetic runs: "cpu", or an accelerator such as "cuda".
         progress: called with (bytes done, bytes in all).
     """
@@ -90,16 +90,21 @@ class Resources:
         """Bytes that the interpreter and the tiles take at most; a step that needs a whole matrix takes more."""
         return _INTERPRETER + self.workers() * _PER_THREAD
 
-    def workers(self) -> int:
+    def workers(self, more: int = 0) -> int:
         """Threads that fit the memory budget.
+
+        Args:
+            more: bytes that each takes beyond the usual.
 
         Raises:
             UsageError: not even one fits.
         """
         memory = DEFAULT_MEMORY if self.memory is None else self.memory
-        fitting = (memory - _INTERPRETER) // _PER_THREAD
+        fitting = (memory - _INTERPRETER) // (_PER_THREAD + more)
+        if self.memory is None:
+            fitting = max(1, fitting)
         if fitting < 1:
-            least = (_INTERPRETER + _PER_THREAD) // 2**20
+            least = -(-(_INTERPRETER + _PER_THREAD + more) // 2**20)
             raise UsageError(f"--memory {memory // 2**20}M is too small", f"give at least {least}M")
         wanted = self.threads if self.threads is not None else min(8, len(os.sched_getaffinity(0)))
         if wanted < 1:
@@ -145,11 +150,14 @@ def run(
     work: Callable[[Task, Workspace], None],
     resources: Resources,
     turns: Turns | None = None,
+    *,
+    more: int = 0,
 ) -> None:
     """Runs `work(task, workspace)` for every task, tasks begun in order.
 
     Args:
         turns: what `work` waits on; aborted when a thread fails, so that no one waits for ever.
+        more: bytes that each thread takes beyond the usual.
 
     Raises:
         the first error that a thread met; the other threads end at their next tile.
@@ -174,7 +182,7 @@ def run(
                 turns.abort()
 
     before = torch.get_num_threads()
-    threads = [threading.Thread(target=loop, daemon=True) for _ in range(resources.workers())]
+    threads = [threading.Thread(target=loop, daemon=True) for _ in range(resources.workers(more))]
     try:
         for thread in threads:
             thread.start()
