@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from tests.cli.conftest import Weightlab
 from tests.patches.tools import state
+from tests.runtime.test_names import vision
 
 
 @pytest.fixture
@@ -82,3 +83,16 @@ def test_dry_runs_write_nothing(weightlab: Weightlab, trained: Path) -> None:
     assert dry.json["dry_run"] and not (trained / "p.safetensors").exists()
     assert weightlab("compare", "base", "tuned", "--dry-run", "--json").json["read"][0]["tensors"] == 6
     assert weightlab("compare", "base", "tuned", "noisy.safetensors", "--base", "base", "--json").json["tensors"] == 5
+
+
+def test_layers_of_a_transformer_are_embeddings_and_blocks(weightlab: Weightlab, tmp_path: Path) -> None:
+    for seed, name in enumerate(("pretrained", "clean", "noisy")):
+        torch.manual_seed(seed)
+        vision("vit")().save_pretrained(tmp_path / name)
+    places = [tmp_path / name for name in ("pretrained", "clean", "noisy")]
+    made = weightlab("signature", *places, "-o", tmp_path / "p.safetensors", "--layers", "first:2", "--json").json
+    assert made["method"]["parameters"]["layers"] == ["stem", "vit.encoder.layer.0"]
+    assert made["method"]["parameters"]["order"] == "modules"
+    assert weightlab("signature", *places, "-o", tmp_path / "q.safetensors", "--layers", "first:4").code == 2
+    made = weightlab("signature", *places, "-o", tmp_path / "q.safetensors", "--layers", "classifier", "--json").json
+    assert made["tensors"] == 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import weightlab as wl
 from weightlab.errors import MisfitError, UnsupportedFormatError
 from weightlab.runtime.names import file_order, file_tensors
+from weightlab.runtime.order import order_of
 
 
 def vision(kind: str) -> Callable[[], Any]:
@@ -168,6 +169,21 @@ def test_what_is_scattered_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
     assert [o.partition(" ")[0] for o in failed.value.offenders] == [
         f"model.layers.{i}.block_sparse_moe.experts.1.w2.weight" for i in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("kind", ["vit", "mixtral"])
+def test_the_order_is_known_without_weights(tmp_path: Path, kind: str) -> None:
+    build = KINDS[kind][0]
+    module = build()
+    with torch.device("meta"):
+        assert file_order(build()) == file_order(module)
+    module.save_pretrained(tmp_path)
+    order = order_of(tmp_path)
+    assert order == file_order(module)
+    first = {"vit": "vit.embeddings.cls_token", "mixtral": "model.embed_tokens.weight"}
+    assert order is not None and order[0] == first[kind]
+    (tmp_path / "config.json").write_text("{}")
+    assert order_of(tmp_path) is None and order_of(tmp_path / "model.safetensors") is None
 
 
 def test_plain_modules_go_by_their_state_dict() -> None:

@@ -35,12 +35,13 @@ def file_tensors(module: nn.Module) -> dict[str, Tensor]:
     stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     names = {id(stand_in): name for name, stand_in in stand_ins.items()}
     in_files = _reverted(module, stand_ins)
-    renamed = {file: names[id(tensor)] for file, tensor in in_files.items() if id(tensor) in names}
-    views = {file: state[name] for file, name in renamed.items()}
-    converted = [name for name in state if name not in renamed.values()]
+    owners = {file: names[id(tensor)] for file, tensor in in_files.items() if id(tensor) in names}
+    views = {file: state[name] for file, name in owners.items()}
+    converted = [name for name in state if name not in owners.values()]
     for layer in dict.fromkeys(map(unit_of, converted)):  # one at a time: numbers take more memory than weights
         part = {name: state[name] for name in converted if unit_of(name) == layer}
-        views |= _views(module, part)
+        for file, (owner, view) in _views(module, part).items():
+            owners[file], views[file] = owner, view
     missing = [f"{file} {list(tensor.shape)}" for file, tensor in in_files.items() if file not in views]
     if missing:
         raise UnsupportedFormatError(
@@ -49,11 +50,7 @@ def file_tensors(module: nn.Module) -> dict[str, Tensor]:
             missing,
         )
     places = {name: index for index, name in enumerate(state)}
-    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(state.items())}
-    order = {
-        file: places[renamed.get(file) or owners[view.untyped_storage().data_ptr()]] for file, view in views.items()
-    }
-    return dict(sorted(views.items(), key=lambda item: order[item[0]]))
+    return {file: views[file] for file in sorted(views, key=lambda file: places[owners[file]])}
 
 
 def file_order(module: nn.Module) -> list[str]:
@@ -69,25 +66,24 @@ def _reverted(module: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {file: found[0] if isinstance(found, list) else found for file, found in reverted.items()}
 
 
-def _views(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The files' tensors that are made of these, where each is a regular part of one of them."""
+def _views(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """The files' tensors that are made of these, where each is a regular part of one: {name: (its name, the part)}."""
+    line = torch.arange(sum(tensor.numel() for tensor in state.values()), device="cpu")
+    begins: dict[str, int] = {}
     numbered: dict[str, Tensor] = {}
-    begins: list[tuple[int, Tensor]] = []
-    count = 0
     for name, tensor in state.items():
-        numbered[name] = torch.arange(count, count + tensor.numel()).view(tensor.shape)
-        begins.append((count, tensor))
-        count += tensor.numel()
-    views: dict[str, Tensor] = {}
+        begins[name] = sum(t.numel() for t in numbered.values())
+        numbered[name] = line[begins[name] : begins[name] + tensor.numel()].view(tensor.shape)
+    views: dict[str, tuple[str, Tensor]] = {}
     for file, places in _reverted(module, numbered).items():
         if not places.numel():
             continue
-        first = int(places.reshape(-1)[0])
-        sizes = list(places.shape)
+        first, sizes = int(places.reshape(-1)[0]), list(places.shape)
         strides = [int(places.select(d, 1).reshape(-1)[0]) - first if sizes[d] > 1 else 0 for d in range(places.ndim)]
         last = first + sum(stride * (size - 1) for stride, size in zip(strides, sizes, strict=True))
-        begin, owner = next((b, t) for b, t in reversed(begins) if b <= first)
-        inside = min(strides, default=0) >= 0 and last < begin + owner.numel() and owner.is_contiguous()
-        if inside and torch.equal(torch.arange(count).as_strided(sizes, strides, first), places):
-            views[file] = owner.as_strided(sizes, strides, owner.storage_offset() + first - begin)
+        name = next(n for n in reversed(begins) if begins[n] <= first)
+        tensor, begin = state[name], begins[name]
+        inside = min(strides, default=0) >= 0 and last < begin + tensor.numel() and tensor.is_contiguous()
+        if inside and torch.equal(line.as_strided(sizes, strides, first), places):
+            views[file] = name, tensor.as_strided(sizes, strides, tensor.storage_offset() + first - begin)
     return views
