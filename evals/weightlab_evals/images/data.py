@@ -50,7 +50,12 @@ class Images:
         return Images(self.name, self.labels[:count], self.read, self.classes, cells)
 
     def digest(self) -> str:
-        """BLAKE3 over shapes, pixels and labels, in order."""
+        """BLAKE3 over shapes, pixels and labels, in order; of all cells, where there are such."""
+        if self.cells:
+            whole = [
+                f"{name} {severity} {self.cells[name, severity].digest()}" for name, severity in sorted(self.cells)
+            ]
+            return bytes_digest("\n".join(whole).encode())
         parts = [bytes_digest(self.labels.tobytes())]
         for place in range(len(self)):
             image = self.read(place)

@@ -101,6 +101,8 @@ def evaluate(
     classifier.places(images)  # labels that do not fit are found before any work
     cells = _cells(images, names, severities)
     opened = open_patches(patches)
+    with wl.patched(classifier.module, opened):
+        pass  # likewise patches that do not fit
     rows = [Row([], 0.0)] + ([Row([_patch(p, s) for p in opened], s) for s in scales] if opened else [])
     done, total = 0, len(rows) * len(cells) * len(images)
 

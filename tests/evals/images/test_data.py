@@ -96,6 +96,11 @@ def test_the_layout_of_cifar_10_c(tmp_path: Path) -> None:
     assert set(found.cells) == {(name, s) for name in ("fog", "frost") for s in range(1, 6)}
     assert found.labels.tolist() == found.cells["fog", 4].labels.tolist() == [3, 1]
     assert np.array_equal(found.cells["fog", 4].read(1), picture(7))
+    before = found.digest()
+    changed = images.copy()
+    changed[9, 0, 0, 0] ^= 1
+    np.save(tmp_path / "fog.npy", changed)
+    assert open_images(str(tmp_path)).digest() != before
     np.save(tmp_path / "snow.npy", images[:5])
     with pytest.raises(InputError, match="CIFAR-10-C") as failed:
         open_images(str(tmp_path))

@@ -19,7 +19,7 @@ from weightlab_evals.networks import vgg, vgg_bn
 import weightlab as wl
 from tests.evals.images.machine import with_corruptions
 from tests.evals.images.test_data import picture
-from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.errors import InputError, MisfitError, MissingInputError, NamesMismatchError, UsageError
 
 pytestmark = with_corruptions
 CNN = "weightlab_evals.networks:vgg"
@@ -119,6 +119,15 @@ def test_labels_that_do_not_fit_the_model(tmp_path: Path) -> None:
         wrong = Images("set", np.asarray(labels), IMAGES.read, classes)
         with pytest.raises(InputError, match="tells 10 apart"):
             evaluate(classifier, wrong, names=[])
+
+
+def test_patches_that_do_not_fit_are_found_before_anything_is_predicted(tmp_path: Path) -> None:
+    classifier = open_classifier(str(saved_cnn(tmp_path / "m.safetensors")), CNN)
+    other = wl.diff({"nowhere": torch.zeros(2)}, {"nowhere": torch.ones(2)})
+    told: list[int] = []
+    with pytest.raises(MisfitError):
+        evaluate(classifier, IMAGES, [other], names=[], progress=lambda done, total: told.append(done))
+    assert told == []
 
 
 def test_class_folders_may_go_by_the_names_of_the_model(tmp_path: Path) -> None:
