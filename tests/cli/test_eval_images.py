@@ -68,6 +68,8 @@ def test_errors(weightlab: Weightlab, cnn: Path) -> None:
         (("--data", "y.npz"), 3, "tells 10 apart"),
         (("--data", "x.npz", "--corruption", "fogg"), 2, "fogg"),
         (("--data", "x.npz", "--scales", "a"), 2, "are no numbers"),
+        (("--data", "x.npz", "--device", "nowhere"), 2, "--device nowhere cannot be used"),
+        (("--data", "x.npz", "--patch", "p.safetensors", "--memory", "1M"), 2, "too small"),
         (("--data", "x.npz", "--patch", "q.safetensors", "--corruption", "none"), 4, "w"),
         (("--data", "x.npz", "--patch", "nowhere.safetensors"), 3, "nowhere"),
         (("--data", "x.npz", "-o", "x.npz"), 4, "exists already"),

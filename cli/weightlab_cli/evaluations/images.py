@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def command(
         common.output.result({"dry_run": True, "images": len(images), "patches": opened})
         common.output.line(f"{len(images)} images, {len(opened)} patches; nothing was predicted (dry run)")
         return
-    with Bar(not (common.output.json or common.output.quiet)) as bar:
+    with Bar(not (common.output.json or common.output.quiet)) as bar, common.resources() as resources:
         found = evaluate(
             classifier,
             images,
@@ -107,6 +108,7 @@ def command(
             batch=batch,
             label=model,
             progress=bar.report,
+            resources=replace(resources, progress=None),  # the bar is for images
         )
     if out is not None:
         found.save(out)

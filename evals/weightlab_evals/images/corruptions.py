@@ -80,7 +80,7 @@ def corrupted(images: Images, name: str, severity: int, seed: int, cache: Path |
     """
     if name not in corruptions() or severity not in range(1, 6):
         raise UsageError(f"no corruption {name!r} at {severity}", f"1 to 5 of: {', '.join(corruptions())}")
-    shapes = {images.read(place).shape for place in range(len(images))}
+    shapes = images.shapes()
     if len(shapes) > 1:  # nothing is kept, and each is made when it is asked for
         return Images(
             images.name, images.labels, lambda place: _one(images, place, name, severity, seed), images.classes
@@ -89,10 +89,14 @@ def corrupted(images: Images, name: str, severity: int, seed: int, cache: Path |
     words = [images.digest(), images.name, name, str(severity), str(seed), version("corrupt-tta"), version("numpy")]
     file = folder / f"{blake3(chr(0).join(words).encode()).hexdigest()[:32]}.npy"
     if not file.exists():
-        made = np.stack([_one(images, place, name, severity, seed) for place in range(len(images))])
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file, overwrite=True) as temporary, temporary.open("xb") as opened:
-            np.save(opened, made, allow_pickle=False)
+        (shape,) = shapes
+        with atomic_file(file, overwrite=True) as temporary:
+            made = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(images), *shape))
+            for place in range(len(images)):  # one at a time: the whole set need not fit in memory
+                made[place] = _one(images, place, name, severity, seed)
+            made.flush()
+            del made
     kept = np.load(file, mmap_mode="r", allow_pickle=False)
     return Images(images.name, images.labels, lambda place: np.asarray(kept[place]), images.classes)
 

@@ -38,6 +38,7 @@ class Images:
     read: Callable[[int], Image]
     classes: tuple[str, ...] = ()
     cells: dict[Cell, Images] = field(default_factory=dict)
+    _seen: list[tuple[str, frozenset[tuple[int, ...]]]] = field(default_factory=list, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,11 +57,22 @@ class Images:
                 f"{name} {severity} {self.cells[name, severity].digest()}" for name, severity in sorted(self.cells)
             ]
             return bytes_digest("\n".join(whole).encode())
-        parts = [bytes_digest(self.labels.tobytes())]
-        for place in range(len(self)):
-            image = self.read(place)
-            parts.append(f"{image.shape} {bytes_digest(np.ascontiguousarray(image).data)}")
-        return bytes_digest("\n".join(parts).encode())
+        return self._look()[0]
+
+    def shapes(self) -> frozenset[tuple[int, ...]]:
+        """The shapes that occur."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[str, frozenset[tuple[int, ...]]]:
+        """Digest and shapes from one pass over the images, which is not made again."""
+        if not self._seen:
+            parts, shapes = [bytes_digest(self.labels.tobytes())], set()
+            for place in range(len(self)):
+                image = self.read(place)
+                shapes.add(image.shape)
+                parts.append(f"{image.shape} {bytes_digest(np.ascontiguousarray(image).data)}")
+            self._seen.append((bytes_digest("\n".join(parts).encode()), frozenset(shapes)))
+        return self._seen[0]
 
 
 def open_images(name: str) -> Images:

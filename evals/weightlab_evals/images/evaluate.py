@@ -82,6 +82,7 @@ def evaluate(
     label: str = "",
     cache: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    resources: wl.Resources | None = None,
 ) -> Evaluation:
     """Scores a classifier without patches and, for each of `scales`, with them; they are swapped in memory.
 
@@ -92,16 +93,19 @@ def evaluate(
         seed: of the corruptions' noise.
         cache: where corrupted images are kept.
         progress: called with (images predicted, images in all).
+        resources: what putting patches on may use; the network runs on its device too.
 
     Raises:
         UsageError: corruptions or severities that there are not.
         InputError: labels that do not fit the model.
         MisfitError: patches that do not fit it.
     """
+    if resources is not None:
+        classifier.module.to(resources.device)
     classifier.places(images)  # labels that do not fit are found before any work
     cells = _cells(images, names, severities)
     opened = open_patches(patches)
-    with wl.patched(classifier.module, opened):
+    with wl.patched(classifier.module, opened, resources=resources):
         pass  # likewise patches that do not fit
     rows = [Row([], 0.0)] + ([Row([_patch(p, s) for p in opened], s) for s in scales] if opened else [])
     done, total = 0, len(rows) * len(cells) * len(images)
@@ -116,7 +120,7 @@ def evaluate(
         labels = classifier.places(shown)
         for row in rows:
             on = [p.at(p.exact_scale * row.scale) for p in opened] if row.patches else []
-            with wl.patched(classifier.module, on):
+            with wl.patched(classifier.module, on, resources=resources):
                 found = classifier.predict(shown, batch, after).numpy()
             name, severity = cell
             score: Accuracy = accuracy(int((found == labels).sum()), len(labels))

@@ -33,8 +33,9 @@ class Classifier:
 
     def scores(self, images: Sequence[Image]) -> Tensor:
         """What the network gives for a batch: [N, classes]."""
+        device = next(self.module.parameters()).device
         with torch.no_grad():
-            outputs = self.module(self.prepare(images))
+            outputs = self.module(self.prepare(images).to(device))
         found: Tensor = getattr(outputs, "logits", outputs)
         return found
 

@@ -65,6 +65,19 @@ def test_it_does_not_matter_what_else_is_corrupted(tmp_path: Path, name: str) ->
         assert all_of(changed) != many
 
 
+def test_images_are_read_once_for_all_corruptions_and_once_for_each(tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    def read(place: int) -> Any:
+        reads.append(place)
+        return picture(place, 32)
+
+    counted = Images("set", np.zeros(3, dtype=np.int64), read)
+    for name in ("fog", "contrast", "fog"):
+        corrupted(counted, name, 1, 0, tmp_path)
+    assert len(reads) == 3 * 3
+
+
 def test_images_of_several_sizes_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
     mixed = Images("mixed", np.zeros(2, dtype=np.int64), lambda place: picture(place, 32 + 32 * place))
     found = corrupted(mixed, "gaussian_noise", 5, 0, tmp_path)
