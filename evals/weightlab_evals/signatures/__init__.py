@@ -1,0 +1,1 @@
+"""The study of Robust Weight Signatures: what it trains, what it puts on, what comes out."""
