@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import weightlab as wl
+from weightlab.extract.norms import norm_tensors
 from weightlab_evals.images.corruptions import corruptions
 from weightlab_evals.signatures.checkpoints import Checkpoints, State
 from weightlab_evals.signatures.training import as_input
@@ -64,24 +65,34 @@ class Patches:
 
     def unprojected(self, corruption: str, like: wl.Patch) -> wl.Patch:
         """θr − θ0 of the tensors that `like` has."""
-        return _difference(self._checkpoints.start(), self._checkpoints.tuned(self._domain, corruption), like)
+        return self._instead(like, self._change(self._checkpoints.start(), corruption))
 
     def from_clean(self, corruption: str, like: wl.Patch) -> wl.Patch:
         """θr − θc of the tensors that `like` has."""
-        have = self._checkpoints
-        return _difference(have.tuned(self._domain), have.tuned(self._domain, corruption), like)
+        return self._instead(like, self._change(self._checkpoints.tuned(self._domain), corruption))
 
     def random(self, corruption: str, like: wl.Patch) -> wl.Patch:
-        """Normally distributed, each tensor as long as that of `like`; running statistics as in `like`."""
+        """Normally distributed, each tensor as long as that of `like`."""
         generator = torch.Generator().manual_seed(self._checkpoints.seed * 100 + corruptions().index(corruption))
-        base = {name: self._checkpoints.tuned(self._domain)[name] for name in like.records}
-        given = wl.apply(base, like)
-        tuned = dict(given)
-        for name, before in base.items():
-            if not name.endswith(("running_mean", "running_var")):
-                noise = torch.randn(before.shape, generator=generator)
-                length = (given[name] - before).norm()
-                tuned[name] = before + noise * (length / noise.norm())
+
+        def drawn(name: str, given: Tensor) -> Tensor:
+            noise = torch.randn(given.shape, generator=generator)
+            return noise * (given.norm() / noise.norm())
+
+        return self._instead(like, drawn)
+
+    def _change(self, before: State, corruption: str) -> Callable[[str, Tensor], Tensor]:
+        after = self._checkpoints.tuned(self._domain, corruption)
+        return lambda name, given: after[name] - before[name]
+
+    def _instead(self, like: wl.Patch, delta: Callable[[str, Tensor], Tensor]) -> wl.Patch:
+        """A patch as `like`, with other weights; what that one says of normalisation layers stays."""
+        clean = self._checkpoints.tuned(self._domain)
+        base = {name: clean[name] for name in like.records}
+        tuned = wl.apply(base, like)
+        affine, statistics = norm_tensors(base)
+        for name in base.keys() - {*statistics, *(affine if statistics else ())}:
+            tuned[name] = base[name] + delta(name, tuned[name] - base[name])
         return wl.diff(base, tuned, encode="dense:fp32")
 
     def statistics_of(self, corruption: str) -> State:
@@ -103,8 +114,3 @@ def others(corruption: str) -> list[str]:
     """One corruption of each family that this one is not of."""
     (own,) = (family for family in FAMILIES.values() if corruption in family)
     return [family[own.index(corruption) % len(family)] for family in FAMILIES.values() if family is not own]
-
-
-def _difference(before: State, after: State, like: wl.Patch) -> wl.Patch:
-    names = list(like.records)
-    return wl.diff({n: before[n] for n in names}, {n: after[n] for n in names}, encode="dense:fp32")
