@@ -75,11 +75,12 @@ class Patches:
         """Normally distributed, each tensor as long as that of `like`."""
         generator = torch.Generator().manual_seed(self._checkpoints.seed * 100 + corruptions().index(corruption))
 
-        def drawn(name: str, given: Tensor) -> Tensor:
+        def normal(name: str, given: Tensor) -> Tensor:
             noise = torch.randn(given.shape, generator=generator)
-            return noise * (given.norm() / noise.norm())
+            drawn: Tensor = noise * (given.norm() / noise.norm())
+            return drawn
 
-        return self._instead(like, drawn)
+        return self._instead(like, normal)
 
     def _change(self, before: State, corruption: str) -> Callable[[str, Tensor], Tensor]:
         after = self._checkpoints.tuned(self._domain, corruption)
