@@ -47,14 +47,18 @@ class Checkpoints:
     Args:
         network: a function of `weightlab_evals.networks`.
         seed: of the splits, the first weights and the order of the images.
-        folder: where they are kept; beside each other for every recipe there ever was.
+        folder: where they are kept, apart for every recipe that there ever was.
+
+    Attributes:
+        recipe_id: of all that decides what a network and seed lead to.
     """
 
     def __init__(self, network: str, seed: int, folder: Path) -> None:
         self.network, self.seed = network, seed
         sources = "".join(inspect.getsource(module) for module in (networks, data, training))
         words = [sources, repr(DOMAINS), repr((PRETRAINING, LONGER)), torch.__version__]
-        self._folder = folder / bytes_digest("\0".join(words).encode())[:16] / network / str(seed)
+        self.recipe_id = bytes_digest("\0".join(words).encode())[:16]
+        self._folder = folder / self.recipe_id / network / str(seed)
         self._known: dict[str, State] = {}
 
     def start(self) -> State:

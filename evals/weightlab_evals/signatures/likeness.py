@@ -17,10 +17,10 @@ Library = Mapping[str, wl.Patch]
 
 def ranks(asked: Library, library: Library) -> dict[str, int]:
     """For each signature that is asked about, the place of its own corruption in what `identify` says: 1 is right."""
-    names = {patch.id: name for name, patch in library.items()}
+    names = {patch.label: name for name, patch in library.items()}
     found = {}
     for corruption, patch in asked.items():
-        matches = wl.identify(patch, [p for p in library.values()])
+        matches = wl.identify(patch, list(library.values()))
         found[corruption] = 1 + [names[match.label] for match in matches].index(corruption)
     return found
 
