@@ -35,16 +35,20 @@ def _vgg(classes: int, *, normalised: bool) -> nn.Module:
         if index % 2:
             layers.append(nn.MaxPool2d(2))
         before = width
-    return _VGG(nn.Sequential(*layers), nn.Linear(before, classes))
+    return _VGG(nn.Sequential(*layers), nn.Linear(4 * before, classes))
 
 
 class _VGG(nn.Module):
     def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
-        self.features, self.classifier = features, classifier
+        self.features, self.pool, self.classifier = features, nn.AdaptiveAvgPool2d(2), classifier
+        for layer in features.modules():
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight)  # torch's default is too small for a stack without normalisation
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        found: Tensor = self.classifier(self.pool(self.features(images)).flatten(1))
         return found
 
 

@@ -11,17 +11,17 @@ from weightlab_evals.signatures.scores import Choice
 
 LOSS = 0.01
 """What a patch may cost on clean images, on average over seeds."""
-SLACK = 0.005
-"""A smaller K is taken where it is no worse than the best by more than this."""
+SLACK = 0.01
+"""A smaller K or α is taken where it is no worse than the best by more than this: it disturbs less."""
 
 Grid = Sequence[Mapping[str, Any]]
 """What one seed found: alpha, clean, corrupted; perhaps depth and norm."""
 
 
 def best_alpha(grids: Sequence[Grid], clean: Sequence[float]) -> tuple[float, float]:
-    """(α, mean accuracy on corrupted images): the best α whose mean loss on clean images is small enough.
+    """(α, mean accuracy on corrupted images): the smallest that is good enough, of those that cost little enough.
 
-    Where none is, it is the smallest α.
+    Where all cost too much on clean images, it is the smallest.
 
     Args:
         grids: of every seed, the same α each.
@@ -35,7 +35,7 @@ def best_alpha(grids: Sequence[Grid], clean: Sequence[float]) -> tuple[float, fl
         for alpha in sorted({tried["alpha"] for tried in grids[0]})
     }
     fit = {alpha: corrupted for alpha, (loss, corrupted) in means.items() if loss <= LOSS}
-    alpha = max(fit, key=fit.__getitem__) if fit else min(means)
+    alpha = min(a for a, value in fit.items() if value >= max(fit.values()) - SLACK) if fit else min(means)
     return alpha, means[alpha][1]
 
 

@@ -68,13 +68,17 @@ def _pixels(name: str, corruption: str) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=4)
 def _at_32(name: str) -> Images:
-    """MNIST's 28×28 in a black frame; the 8×8 of `digits` enlarged."""
+    """Digits of both sets fill the frame: the middle 22×22 of MNIST's, and the 8×8 of `digits`, enlarged."""
     from PIL import Image
 
     images = open_images(name)
-    if name == "mnist5k":
-        shown = [np.pad(images.read(n), ((2, 2), (2, 2), (0, 0))) for n in range(len(images))]
-    else:
-        size, way = (SIDE, SIDE), Image.Resampling.BILINEAR
-        shown = [np.asarray(Image.fromarray(images.read(n)).resize(size, way)) for n in range(len(images))]
+    edge = 3 if name == "mnist5k" else 0
+    size, way = (SIDE, SIDE), Image.Resampling.BILINEAR
+
+    def enlarged(place: int) -> NDArray[np.uint8]:
+        image = images.read(place)
+        inner = image[edge : image.shape[0] - edge, edge : image.shape[1] - edge]
+        return np.asarray(Image.fromarray(inner).resize(size, way))
+
+    shown = [enlarged(place) for place in range(len(images))]
     return Images(f"{name}-{SIDE}", images.labels, shown.__getitem__, images.classes)
