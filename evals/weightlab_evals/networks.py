@@ -20,8 +20,8 @@ def vgg_bn(classes: int = CLASSES) -> nn.Module:
 
 
 def vit(classes: int = CLASSES) -> nn.Module:
-    """A vision transformer: patches of 4×4, four blocks, a class token; query, key and value are one tensor."""
-    return _ViT(classes, width=64, depth=4, heads=4, patch=4, side=32)
+    """A vision transformer: patches of 8×8, four blocks, a class token; query, key and value are one tensor."""
+    return _ViT(classes, width=64, depth=4, heads=4, patch=8, side=32)
 
 
 def _vgg(classes: int, *, normalised: bool) -> nn.Module:

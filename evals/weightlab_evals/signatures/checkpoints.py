@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ DOMAINS = {
     "A 0-4": Domain("mnist5k", range(5), Recipe(4, 1e-3)),
     "A 5-9": Domain("mnist5k", range(5, 10), Recipe(4, 1e-3)),
 }
-PRETRAINING, LONGER = Recipe(20, 3e-3), Recipe(10, 1e-3)
+PRETRAINING = {"vgg": Recipe(20, 3e-3), "vgg_bn": Recipe(20, 3e-3), "vit": Recipe(50, 2e-3, augment=True)}
+LONGER = Recipe(10, 1e-3, augment=True)
 
 
 class Checkpoints:
@@ -63,11 +64,11 @@ class Checkpoints:
 
     def start(self) -> State:
         """θ0: pretrained on digits that no other part has."""
-        return self._kept(START, lambda: self._trained(None, self._pretraining(), PRETRAINING))
+        return self._kept(START, lambda: self._trained(None, self._pretraining(), PRETRAINING[self.network]))
 
     def further(self) -> State:
         """θ0 trained further on the same digits, turned and moved."""
-        return self._kept(FURTHER, lambda: self._trained(self.start(), self._pretraining(), LONGER, augment=True))
+        return self._kept(FURTHER, lambda: self._trained(self.start(), self._pretraining(), LONGER))
 
     def tuned(self, domain: str, on: str = CLEAN, start: str = START) -> State:
         """A fine-tune of θ0, or of the one trained further.
@@ -95,13 +96,14 @@ class Checkpoints:
     def _tune(self, domain: str, on: str, start: str) -> State:
         shown = self.shown(domain, "train", CLEAN if on == AUGMENTED else on)
         begin = self.start() if start == START else self.further()
-        return self._trained(begin, shown, DOMAINS[domain].recipe, augment=on == AUGMENTED)
+        recipe = replace(DOMAINS[domain].recipe, augment=on == AUGMENTED)
+        return self._trained(begin, shown, recipe)
 
-    def _trained(self, begin: State | None, shown: Part, recipe: Recipe, *, augment: bool = False) -> State:
+    def _trained(self, begin: State | None, shown: Part, recipe: Recipe) -> State:
         module = self.module()
         if begin is not None:
             module.load_state_dict(begin)
-        train(module, shown, recipe, self.seed, augment=augment)
+        train(module, shown, recipe, self.seed)
         return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
 
     def _kept(self, name: str, make: Callable[[], State]) -> State:

@@ -17,18 +17,19 @@ _SCORED = 250
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """AdamW with a learning rate that rises and falls once; nothing else differs between two fine-tunes."""
+    """AdamW with a learning rate that rises and falls once.
+
+    Attributes:
+        augment: images are turned, moved and scaled, and their contrast and brightness are changed.
+    """
 
     epochs: int
     rate: float
+    augment: bool = False
 
 
-def train(module: nn.Module, shown: Part, recipe: Recipe, seed: int, *, augment: bool = False) -> None:
-    """Trains in place; the same for the same seed on the same machine.
-
-    Args:
-        augment: images are turned, moved and scaled, and their contrast and brightness are changed.
-    """
+def train(module: nn.Module, shown: Part, recipe: Recipe, seed: int) -> None:
+    """Trains in place; the same for the same seed on the same machine."""
     generator = torch.Generator().manual_seed(seed)
     steps = recipe.epochs * math.ceil(len(shown) / _BATCH)
     optimizer = torch.optim.AdamW(module.parameters(), recipe.rate, weight_decay=1e-4)
@@ -37,7 +38,7 @@ def train(module: nn.Module, shown: Part, recipe: Recipe, seed: int, *, augment:
     for _ in range(recipe.epochs):
         for places in torch.split(torch.randperm(len(shown), generator=generator), _BATCH):
             images = as_input(shown.images[places])
-            if augment:
+            if recipe.augment:
                 images = augmented(images, generator)
             optimizer.zero_grad()
             torch.autograd.backward([functional.cross_entropy(module(images), shown.labels[places])])
