@@ -19,9 +19,9 @@ FIRST_SEED = 10
 HELP = """Measure what arXiv 2302.12480 claims of Robust Weight Signatures, on handwritten digits that packages bring.
 
 Three networks at 32×32: a VGG-style one without and with BatchNorm, and a small vision transformer. Each is pretrained
-on 1,500 digits of MNIST-5k and fine-tuned on data set A (1,750 others) and B (1,000 of scikit-learn's digits), clean and
-with each of 19 corruptions at severity 5. K, alpha and what is done about BatchNorm are chosen on 500 validation images
-of A; what is reported is of 1,250 test images of A and 797 of B.
+on 1,500 digits of MNIST-5k and fine-tuned on data set A (1,750 others) and B (1,000 of scikit-learn's digits), clean
+and with each of 19 corruptions at severity 5. K, alpha and what is done about BatchNorm are chosen on 500 validation
+images of A; what is reported is of 1,250 test images of A and 797 of B.
 
 Checkpoints, corrupted images and what was found are kept in $WEIGHTLAB_CACHE, or ~/.cache/weightlab: an interrupted
 run goes on where it stopped. All of it takes hours on two cores.
@@ -29,20 +29,18 @@ run goes on where it stopped. All of it takes hours on two cores.
 \b
 Examples:
   python evals/benchmarks/signatures.py --json signatures.json --readme README.md
-  python evals/benchmarks/signatures.py --network vgg --seeds 1 --corruption gaussian_noise --corruption fog
+  python evals/benchmarks/signatures.py --network vgg --seeds 1
 """
 
 
 @click.command(help=HELP)
 @click.option("--network", "networks", multiple=True, type=click.Choice([*NORMS]), help="Just this one; repeatable.")
-@click.option("--corruption", "chosen", multiple=True, help="Just this one; repeatable.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="How many.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that came out.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
 def main(
     networks: tuple[str, ...],
-    chosen: tuple[str, ...],
     seeds: int,
     jobs: int,
     json_path: Path | None,
@@ -51,7 +49,7 @@ def main(
     """Trains, chooses, scores, reports."""
     if readme:
         replace_between_markers(readme, "signatures", "")  # fails now rather than after hours
-    names = [name for name in corruptions() if not chosen or name in chosen]
+    names = corruptions()
     every = [FIRST_SEED + n for n in range(seeds)]
     found: dict[str, Any] = {}
     with study(names, every, jobs, lambda text: click.echo(text, err=True)) as running:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from weightlab_evals.signatures.training import accuracy
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BITS = (8, 4, 3, 2)
+PLOTTED = (0.25, 0.5, 0.75, 1.0, 1.5)
 COMPOSED = (
     ("gaussian_noise", "defocus_blur"),
     ("gaussian_noise", "contrast"),
@@ -87,13 +89,27 @@ class Scores:
         other = [
             self._patches.signature(name, form).at(choice.alphas["signature"][name]) for name in others(corruption)
         ]
-        found = {domain: self._on_domain(domain, corruption, on, other) for domain in ("A", "B")}
-        few = Patches(self._have, "A 0-4").signature(corruption, form).at(own)
-        found["A 5-9"] = self._on_domain("A 5-9", corruption, {"signature": few}, [])
-        further = self._have.tuned("A", start=FURTHER)
-        found["further"] = self._row(
-            "A", corruption, {"standard": further, "signature": wl.apply(further, signature.at(own))}
+        found: dict[str, Row] = {}
+        for domain in ("A", "B"):
+            found[domain] = self._row(domain, corruption, self._states(domain, corruption, on))
+            found[domain]["other corruption"] = fmean(
+                self._accuracy(wl.apply(self._have.tuned(domain), patch), domain, "test", corruption) for patch in other
+            )
+            scaled = {f"{a:g}": wl.apply(self._have.tuned(domain), signature.at(a)) for a in PLOTTED}
+            found[f"{domain} by alpha"] = self._row(domain, corruption, scaled)
+        few, many = Patches(self._have, "A 0-4").signature(corruption, form).at(own), self._have.tuned("A 5-9")
+        found["A 5-9"] = self._row(
+            "A 5-9",
+            corruption,
+            {
+                "standard": many,
+                "trained": self._have.tuned("A 5-9", corruption),
+                "signature": wl.apply(many, few),
+            },
         )
+        further = self._have.tuned("A", start=FURTHER)
+        moved = wl.apply(further, signature.at(own))
+        found["further"] = self._row("A", corruption, {"standard": further, "signature": moved})
         return found
 
     def composed(self, choice: Choice) -> list[dict[str, Any]]:
@@ -112,23 +128,20 @@ class Scores:
         make = {"unprojected": self._patches.unprojected, "from clean": self._patches.from_clean}[name]
         return make(corruption, like)
 
-    def _on_domain(self, domain: str, corruption: str, on: Mapping[str, wl.Patch], other: Sequence[wl.Patch]) -> Row:
-        standard = self._have.tuned(domain)
-        states: dict[str, State] = {"standard": standard, "trained": self._have.tuned(domain, corruption)}
-        if domain in ("A", "B"):
-            states["augmented"] = self._have.tuned(domain, AUGMENTED)
-        states |= {name: wl.apply(standard, patch) for name, patch in on.items()}
-        if other:
-            moved = Patches(self._have, domain)
-            if "recalibrate" in NORMS[self._have.network]:
-                # A user has the statistics of the model that was trained on A; for B they are recalibrated on B.
-                states["statistics"] = {**standard, **self._patches.statistics_of(corruption)}
-                states["recalibrated"] = {**standard, **moved.recalibrated(corruption)}
-        found = self._row(domain, corruption, states)
-        if other:
-            every = [self._accuracy(wl.apply(standard, p), domain, "test", corruption) for p in other]
-            found["other corruption"] = sum(every) / len(every)
-        return found
+    def _states(self, domain: str, corruption: str, on: Mapping[str, wl.Patch]) -> dict[str, State]:
+        """Models of A or B to score."""
+        standard, theirs = self._have.tuned(domain), Patches(self._have, domain)
+        states = {
+            "standard": standard,
+            "trained": self._have.tuned(domain, corruption),
+            "augmented": self._have.tuned(domain, AUGMENTED),
+            **{name: wl.apply(standard, patch) for name, patch in on.items()},
+        }
+        if "recalibrate" in NORMS[self._have.network]:
+            # Running statistics travel from A with a patch; recalibration is what a user of B can do there.
+            states["statistics"] = {**standard, **self._patches.statistics_of(corruption)}
+            states["recalibrated"] = {**standard, **theirs.recalibrated(corruption)}
+        return states
 
     def _row(self, domain: str, corruption: str, states: Mapping[str, State]) -> Row:
         found: Row = {}
