@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from _environment import cache_folder
+from _signature_files import comes_off
 from weightlab_evals.signatures import likeness, patches, scores
 from weightlab_evals.signatures.checkpoints import AUGMENTED, FURTHER, Checkpoints
 from weightlab_evals.signatures.choosing import choose, choose_form
@@ -88,6 +89,13 @@ class Study:
                 future.cancel()
             raise
         return {key: found[key] for given in arguments if (key := tuple(_key(v) for v in given)) in found}
+
+
+def removal(network: str, seed: int, found: Mapping[str, Any], work: Path) -> dict[str, bool]:
+    """Whether two signatures come off a file again, in the form that was chosen."""
+    taken, choice = Patches(_checkpoints(network, seed)), _choice(found["choice"])
+    one, two = (taken.signature(name, choice.form) for name in ("gaussian_noise", "contrast"))
+    return comes_off(_checkpoints(network, seed).tuned("A"), one, two, work / network)
 
 
 @contextmanager

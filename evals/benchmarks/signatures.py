@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 from _environment import cache_folder, machine, versions
 from _report import replace_between_markers
-from _signature_study import study
+from _signature_files import sizes
+from _signature_report import report
+from _signature_study import removal, study
 from weightlab_evals.images.corruptions import corruptions
 from weightlab_evals.signatures.patches import NORMS
 
@@ -56,15 +59,24 @@ def main(
         running.images()
         for network in networks or tuple(NORMS):
             found[network] = running.network(network)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        sizes_of = sizes(Path(folder))
+        off = {network: removal(network, every[0], found[network], Path(folder)) for network in found}
     result = {
         "schema_version": 1,
         "machine": machine(cache_folder()),
         "versions": versions("weightlab", "numpy", "torch", "corrupt-tta", "mlxtend", "scikit-learn"),
         "seeds": every,
         "networks": found,
+        "sizes": sizes_of,
+        "comes_off": off,
     }
+    text = report(result)
+    click.echo(text)
     if json_path:
         json_path.write_text(json.dumps(result, indent=1) + "\n")
+    if readme:
+        readme.write_text(replace_between_markers(readme, "signatures", text))
 
 
 if __name__ == "__main__":
