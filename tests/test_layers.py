@@ -167,7 +167,7 @@ def test_the_layer_test_can_fail(tmp_path: Path) -> None:
         weightlab__tensors__relative="from .spec import TensorSpec\n",
         weightlab__elsewhere="",
         weightlab_evals__up="import weightlab_cli.main\nimport weightlab as wl\n",
-        weightlab_cli__fine="import weightlab as wl\nimport weightlab_evals.demo\nimport os\n",
+        weightlab_cli__fine="import weightlab as wl\nimport weightlab_evals.demos\nimport os\n",
     )
     assert sorted(violations(home)) == [
         "weightlab.elsewhere has no layer",
