@@ -36,8 +36,8 @@ class _SignatureDemo:
 
     def run(self, data: Path, picture: Path, steps: Steps) -> None:
         steps.say(
-            "A small VGG is pretrained on digits of MNIST, and fine-tuned on others: as they are, with noise on them, with "
-            "hardly any contrast. Another fine-tune, `other`, is for scikit-learn's digits."
+            "A small VGG is pretrained on digits of MNIST, and fine-tuned on others: as they are, with noise on them, "
+            "with hardly any contrast. Another fine-tune, `other`, is for scikit-learn's digits."
         )
         self._train()
         steps.say("A signature: what training on noise adds to clean fine-tuning. The second one is kept at 8 bits.")
