@@ -28,14 +28,10 @@ _RECALIBRATION_BATCH = 125
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a signature is taken: the first K layers, and what is done about normalisation layers."""
+    """How a signature is taken: the first K layers, and what is done about those with running statistics."""
 
     depth: int
     norm: str = "keep"
-
-    def layers(self, network: str) -> str:
-        """As `wl.signature` wants it; with BatchNorm a convolution and its normalisation are two layers there."""
-        return f"first:{self.depth * (2 if network == 'vgg_bn' else 1)}"
 
 
 class Patches:
@@ -56,7 +52,7 @@ class Patches:
             have.start(),
             have.tuned(self._domain),
             have.tuned(self._domain, corruption),
-            layers=form.layers(have.network),
+            layers=f"first:{form.depth}",
             order=self._order,
             norm=form.norm,
             statistics=measured,

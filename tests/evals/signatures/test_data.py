@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_digits_are_chosen_and_fill_the_frame() -> None:
 
 
 @with_corruptions
-def test_a_corrupted_image_has_the_label_of_its_clean_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupted_image_has_the_label_of_its_clean_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTLAB_CACHE", str(tmp_path))
     places = split("digits", 0).test[:50]
     clean, dark = part("digits", places), part("digits", places, "contrast")
