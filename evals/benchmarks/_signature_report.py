@@ -42,7 +42,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), half
 
 
-class Tests:
+class Outcome:
     """Accuracies on test images of one network."""
 
     def __init__(self, found: Found) -> None:
@@ -111,7 +111,7 @@ def _choice(found: Found) -> str:
 def _by_method(networks: Found, only: Sequence[str] | None) -> list[str]:
     heads = [f"{TITLES[n]} {d}{kind}" for n in networks for d in ("A", "B") for kind in ("", ", clean")]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    tests = {network: Tests(found) for network, found in networks.items()}
+    tests = {network: Outcome(found) for network, found in networks.items()}
     for method, title in METHODS.items():
         cells = []
         for every in tests.values():
@@ -138,7 +138,7 @@ def _by_corruption(networks: Found) -> list[str]:
         f"| | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
     ]
-    tests = [Tests(found) for found in networks.values()]
+    tests = [Outcome(found) for found in networks.values()]
     for name in (name for family in FAMILIES.values() for name in family):
         cells = []
         for every in tests:
@@ -153,8 +153,8 @@ def _by_corruption(networks: Found) -> list[str]:
 def _claims(result: Found) -> dict[str, list[str]]:
     networks: Found = result["networks"]
 
-    def each(tell: Callable[[str, Found, Tests], str]) -> list[str]:
-        return [f"{TITLES[n]}: {tell(n, found, Tests(found))}." for n, found in networks.items()]
+    def each(tell: Callable[[str, Found, Outcome], str]) -> list[str]:
+        return [f"{TITLES[n]}: {tell(n, found, Outcome(found))}." for n, found in networks.items()]
 
     return {
         "(1) Up to 13 times smaller than a full copy.": _sizes(result["sizes"]),
@@ -187,7 +187,7 @@ def _sizes(found: Found) -> list[str]:
     return told
 
 
-def _by_alpha(network: str, found: Found, tests: Tests) -> str:
+def _by_alpha(network: str, found: Found, tests: Outcome) -> str:
     alphas = [a for a in found["tests"][tests.names[0]][0]["A by alpha"] if CLEAN not in a]
     told = []
     for domain in ("A", "B"):
@@ -207,7 +207,7 @@ def _removal(found: Found) -> str:
     )
 
 
-def _composed(network: str, found: Found, tests: Tests) -> str:
+def _composed(network: str, found: Found, tests: Outcome) -> str:
     told = []
     for index, group in enumerate(found["composed"][0]):
         names = group["corruptions"]
@@ -223,7 +223,7 @@ def _composed(network: str, found: Found, tests: Tests) -> str:
     return "; ".join(told)
 
 
-def _moved(network: str, found: Found, tests: Tests) -> str:
+def _moved(network: str, found: Found, tests: Outcome) -> str:
     names, noise = tests.names, ["gaussian_noise"]
     shares = [
         f"{title}, all {_share(tests.closed(domain, 'signature', names))}, gaussian noise "
@@ -238,12 +238,12 @@ def _moved(network: str, found: Found, tests: Tests) -> str:
     )
 
 
-def _depths(network: str, found: Found, tests: Tests) -> str:
+def _depths(network: str, found: Found, tests: Outcome) -> str:
     layers = {name: fmean(seed["depths"][name] for seed in found["alike"]) for name in found["alike"][0]["depths"]}
     return f"‖θr − θ0‖ / ‖θ0‖ by layer: {', '.join(f'{name} {change:.3f}' for name, change in layers.items())}"
 
 
-def _alike(network: str, found: Found, tests: Tests) -> str:
+def _alike(network: str, found: Found, tests: Outcome) -> str:
     cosines = {
         pair: {kind: fmean(seed["cosines"][pair][kind] for seed in found["alike"]) for kind in ("same", "different")}
         for pair in found["alike"][0]["cosines"]
@@ -256,7 +256,7 @@ def _alike(network: str, found: Found, tests: Tests) -> str:
     return f"mean cosine, {'; '.join(told)}"
 
 
-def _identified(network: str, found: Found, tests: Tests) -> str:
+def _identified(network: str, found: Found, tests: Outcome) -> str:
     def right(ranks: Sequence[Mapping[str, int]]) -> str:
         every = [rank for one in ranks for rank in one.values()]
         return f"{fmean(rank == 1 for rank in every):.0%} right, mean rank {fmean(every):.1f}"
@@ -267,7 +267,7 @@ def _identified(network: str, found: Found, tests: Tests) -> str:
     return "; ".join(told)
 
 
-def _projection(network: str, found: Found, tests: Tests) -> str:
+def _projection(network: str, found: Found, tests: Outcome) -> str:
     return "; ".join(
         f"{domain}{kind} {_points(*tests.difference(domain, 'signature' + kind, 'unprojected' + kind, tests.names))}"
         for domain in ("A", "B")
@@ -275,7 +275,7 @@ def _projection(network: str, found: Found, tests: Tests) -> str:
     )
 
 
-def _controls(network: str, found: Found, tests: Tests) -> str:
+def _controls(network: str, found: Found, tests: Outcome) -> str:
     return "; ".join(
         f"{domain}, {other} {_points(*tests.difference(domain, 'signature', other, ['gaussian_noise']))}"
         for domain in ("A", "B")
@@ -283,7 +283,7 @@ def _controls(network: str, found: Found, tests: Tests) -> str:
     )
 
 
-def _quantised(network: str, found: Found, tests: Tests) -> str:
+def _quantised(network: str, found: Found, tests: Outcome) -> str:
     told = []
     for bits in ("8 bits", "4 bits", "3 bits", "2 bits"):
         worst = min(tests.difference("A", bits, "signature", [name])[0] for name in tests.names)
