@@ -66,8 +66,9 @@ def command(
 ) -> None:
     """Score an image classifier on clean and corrupted images.
 
-    MODEL is a folder of transformers, or with --model any checkpoint of that network. Patches are put on in memory and
-    nothing is written. The first row is the model without them, and what mean corruption errors are relative to.
+    MODEL is a folder of transformers or timm, or with --model any checkpoint of that network. Patches are put on in
+    memory and nothing is written. The first row is the model without them, and what mean corruption errors are
+    relative to.
 
     \b
     Example:

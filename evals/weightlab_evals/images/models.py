@@ -1,7 +1,8 @@
-"""Image classifiers: of transformers, or made by a Python function."""
+"""Image classifiers: of transformers, of timm, or made by a Python function."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,20 +73,27 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
     """The classifier at a path.
 
     Args:
-        model: a folder that transformers can load; or with `reference` any checkpoint of that network.
+        model: a folder that transformers or timm can load; or with `reference` any checkpoint of that network.
         reference: `package.module:function` that makes the network. It takes RGB in 0..1, [N, 3, H, W], unless it has
             a function `preprocess` from uint8 [N, H, W, 3] to its input.
 
     Raises:
-        MissingInputError, UsageError: it is no such model, or transformers is not installed.
+        MissingInputError, UsageError: it is no such model, or transformers or timm is not installed.
         NamesMismatchError: lists the tensors in which network and checkpoint differ.
     """
     if reference is not None:
         return _made(model, reference, key)
-    if not (Path(model) / "config.json").is_file():
+    config = Path(model) / "config.json"
+    if not config.is_file():
         raise MissingInputError(
             f"{model}: no folder with a config.json", "name the network with --model MODULE:FUNCTION"
         )
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config}: no JSON: {error}", "get the file again") from error
+    if "architecture" in described and "architectures" not in described:  # as timm writes it
+        return _of_timm(model, described, key)
     try:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
     except ImportError as error:
@@ -107,8 +115,46 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
     return Classifier(module, prepare, {str(k): int(v) for k, v in module.config.label2id.items()})
 
 
+def _of_timm(model: str, config: Mapping[str, Any], key: str | None) -> Classifier:
+    try:
+        import timm
+        from PIL import Image as Pillow
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        raise UsageError(
+            f"{model} is a model of timm, which cannot be imported: {error}",
+            "pip install timm, with the torchvision that belongs to your torch; or name the network with --model",
+        ) from error
+    try:
+        module = timm.create_model(f"local-dir:{Path(model).absolute()}", pretrained=False).eval()
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise InputError(f"{model}: timm cannot make this network: {error}") from error
+    _load(module, model, f"timm's {config['architecture']}", key)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module), is_training=False)
+
+    def prepare(images: Sequence[Image]) -> Tensor:
+        return torch.stack([transform(Pillow.fromarray(image)) for image in images])
+
+    return Classifier(module, prepare, {name: place for place, name in enumerate(config.get("label_names") or ())})
+
+
 def _made(model: str, reference: str, key: str | None) -> Classifier:
     module = network_of(reference).eval()
+    _load(module, model, reference, key)
+    own: Callable[[Tensor], Tensor] | None = getattr(module, "preprocess", None)
+
+    def prepare(images: Sequence[Image]) -> Tensor:
+        stacked = torch.from_numpy(np.stack(images))
+        return own(stacked) if own is not None else stacked.permute(0, 3, 1, 2).float().div_(255)
+
+    return Classifier(module, prepare)
+
+
+def _load(module: nn.Module, model: str, network: str, key: str | None) -> None:
+    """Gives a network the weights of a checkpoint, all of them.
+
+    Raises:
+        NamesMismatchError: lists the tensors in which they differ.
+    """
     with reading(model, key=key) as source:
         wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
         names = {**{n: n for n in source.specs}, **source.aliases}
@@ -121,18 +167,9 @@ def _made(model: str, reference: str, key: str | None) -> Classifier:
         wrong += [f"{n}: not in the checkpoint" for n in wanted if n not in there]
         wrong += [f"{n}: not in the network" for n in there if n not in wanted]
         if wrong:
-            raise NamesMismatchError(
-                f"{model} is no checkpoint of {reference}", "give the network that it is of", wrong
-            )
+            raise NamesMismatchError(f"{model} is no checkpoint of {network}", "give the network that it is of", wrong)
         state: dict[str, Tensor] = {}
         for name, stored in names.items():
             state[name] = source.specs[stored].empty()
             source.read(stored, 0, state[name].reshape(-1).view(torch.uint8))
         module.load_state_dict(state)
-    own: Callable[[Tensor], Tensor] | None = getattr(module, "preprocess", None)
-
-    def prepare(images: Sequence[Image]) -> Tensor:
-        stacked = torch.from_numpy(np.stack(images))
-        return own(stacked) if own is not None else stacked.permute(0, 3, 1, 2).float().div_(255)
-
-    return Classifier(module, prepare)
