@@ -17,6 +17,7 @@ LAYERS = {
     "weightlab.registry": 1,
     "weightlab.tensors": 1,
     "weightlab.files": 2,
+    "weightlab.networks": 2,
     "weightlab.sources": 3,
     "weightlab.encodings": 3,
     "weightlab.stream": 4,

@@ -16,6 +16,7 @@ from weightlab.errors import WeightlabError
 from weightlab.version import __version__
 
 if TYPE_CHECKING:
+    from weightlab.networks.names import file_order
     from weightlab.ops.apply import apply
     from weightlab.ops.compose import compose
     from weightlab.ops.diff import diff
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from weightlab.ops.stack import remove, scale, status
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
-    from weightlab.runtime.names import file_order
     from weightlab.runtime.patched import PatchStack, patched
     from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
@@ -38,7 +38,7 @@ _WHERE = {
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
     "diff": "weightlab.ops.diff",
-    "file_order": "weightlab.runtime.names",
+    "file_order": "weightlab.networks.names",
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
     "open_patch": "weightlab.patches.patch",

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cli.conftest import Weightlab
+from tests.networks.test_names import vision
 from tests.patches.tools import state
-from tests.runtime.test_names import vision
 
 
 @pytest.fixture

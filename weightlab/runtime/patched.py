@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from weightlab.errors import StackError
+from weightlab.networks.names import file_tensors
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PatchesLike, PatchLike, open_patches
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
 from weightlab.patches.patch import Patch
-from weightlab.runtime.names import file_tensors
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale

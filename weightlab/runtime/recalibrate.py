@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weightlab.errors import UsageError
 from weightlab.extract.norms import STATISTICS
-from weightlab.runtime.names import file_tensors
+from weightlab.networks.names import file_tensors
 
 
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:

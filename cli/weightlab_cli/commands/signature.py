@@ -89,8 +89,8 @@ def command(
     """
     import weightlab as wl
     from weightlab.files.atomic import refuse_existing
+    from weightlab.networks.made import order_of
     from weightlab.ops.inspect import inspect
-    from weightlab.runtime.order import order_of
     from weightlab_cli.reports import show_layers, show_patch
 
     refuse_existing(out)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.networks.made import network_of
 from weightlab.ops.operands import reading
-from weightlab.runtime.order import network_of
 from weightlab_evals.images.data import Image, Images
 
 

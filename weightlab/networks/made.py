@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from weightlab.errors import UsageError
-from weightlab.runtime.names import file_order
+from weightlab.networks.names import file_order
 
 
 def network_of(reference: str) -> nn.Module:

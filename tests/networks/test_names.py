@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import weightlab as wl
 from weightlab.errors import MisfitError, UnsupportedFormatError
-from weightlab.runtime.names import file_order, file_tensors
-from weightlab.runtime.order import order_of
+from weightlab.networks.made import order_of
+from weightlab.networks.names import file_order, file_tensors
 
 
 def vision(kind: str) -> Callable[[], Any]:
