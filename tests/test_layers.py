@@ -20,6 +20,7 @@ LAYERS = {
     "weightlab.networks": 2,
     "weightlab.sources": 3,
     "weightlab.encodings": 3,
+    "weightlab.adapters": 4,
     "weightlab.stream": 4,
     "weightlab.patches": 5,
     "weightlab.stack": 6,

@@ -8,7 +8,7 @@ import pytest
 
 import weightlab as wl
 from tests.ops.test_apply_out import state
-from weightlab.errors import MissingInputError, UnsupportedFormatError, UsageError
+from weightlab.errors import MissingInputError, UsageError
 from weightlab.ops.operands import label_of, open_patches, parse_patch
 
 
@@ -67,11 +67,3 @@ def test_what_is_not_there_says_what_to_do(place: Path) -> None:
     for patch in ("hf://org/name", "nowhere.safetensors", "p.safetensors@nan"):
         with pytest.raises(MissingInputError):
             wl.apply(state(), patch)
-
-
-def test_an_adapter_is_refused_by_name(place: Path) -> None:
-    Path("adapter").mkdir()
-    Path("adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(UnsupportedFormatError, match="PEFT adapter") as failed:
-        wl.apply(state(), "adapter@0.5")
-    assert "merge_and_unload" in failed.value.remedy

@@ -1,4 +1,4 @@
-"""The order of a checkpoint's tensors: that of the network's own modules, where the network can be had."""
+"""Networks made without weights, from a Python function or from a config.json; the order of their tensors."""
 
 from __future__ import annotations
 
@@ -53,8 +53,16 @@ def order_of(model: str | os.PathLike[str], reference: str | None = None) -> lis
         model: where it has a `config.json` that transformers knows, the network is made from that, without weights.
         reference: `package.module:function` that makes the network instead.
     """
-    if reference is not None:
-        return file_order(network_of(reference))
+    network = network_in(model) if reference is None else network_of(reference)
+    return None if network is None else file_order(network)
+
+
+def network_in(model: str | os.PathLike[str], architecture: str | None = None) -> nn.Module | None:
+    """The network that a folder's `config.json` tells of, without weights; None where transformers does not know it.
+
+    Args:
+        architecture: the class of transformers; None: the one that the config names.
+    """
     folder = Path(model)
     if not (folder / "config.json").is_file() or find_spec("transformers") is None:
         return None
@@ -64,8 +72,9 @@ def order_of(model: str | os.PathLike[str], reference: str | None = None) -> lis
         config = transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, OSError):  # no model of transformers
         return None
-    known: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    known: Any = getattr(transformers, architecture or (config.architectures or [""])[0], None)
     if known is None:
         return None
     with torch.device("meta"):
-        return file_order(known(config))
+        made: nn.Module = known(config)
+        return made

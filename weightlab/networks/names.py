@@ -24,13 +24,22 @@ def file_tensors(module: nn.Module) -> dict[str, Tensor]:
     What is written to a view is in the module. Tied tensors are there under each of their names.
 
     Raises:
+        UnsupportedFormatError: see `file_views`.
+    """
+    return {file: view for file, (_, view) in file_views(module).items()}
+
+
+def file_views(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """{name in the files: (the module's name of the tensor that has it, the part of that tensor)}, likewise in order.
+
+    Raises:
         UnsupportedFormatError: lists the files' tensors that are no regular part of one of the module's: nothing in
             memory is such a tensor.
     """
     state = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
     modeling = sys.modules.get("transformers.modeling_utils")  # imported by whoever made the module
     if modeling is None or not isinstance(module, modeling.PreTrainedModel):
-        return state
+        return {name: (name, tensor) for name, tensor in state.items()}
     # Without memory: what only gets another name comes back as the same object.
     stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     names = {id(stand_in): name for name, stand_in in stand_ins.items()}
@@ -50,7 +59,7 @@ def file_tensors(module: nn.Module) -> dict[str, Tensor]:
             missing,
         )
     places = {name: index for index, name in enumerate(state)}
-    return {file: views[file] for file in sorted(views, key=lambda file: places[owners[file]])}
+    return {file: (owners[file], views[file]) for file in sorted(views, key=lambda file: places[owners[file]])}
 
 
 def file_order(module: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlab.errors import StackError, UsageError
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, label_of, listed, open_patches
+from weightlab.ops.operands import Base, ModelLike, PatchesLike, PathLike, base_of, label_of, listed, open_patches
 from weightlab.ops.outcome import Outcome, outcome_of
 from weightlab.ops.state_dict import patch_state_dict
 from weightlab.patches.fit import StackEntry
@@ -90,7 +90,8 @@ def apply(
         MisfitError: the patches do not fit; every offender is listed, and nothing was written.
     """
     resources = resources or Resources()
-    entries = _entries(patches, include, exclude, renames)
+    base = base_of(model, key=key, wait=wait, resources=resources)
+    entries = _entries(patches, base, include, exclude, renames)
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
@@ -105,7 +106,11 @@ def apply(
 
 
 def _entries(
-    patches: PatchesLike, include: Sequence[str], exclude: Sequence[str], renames: Mapping[str, str] | None
+    patches: PatchesLike,
+    base: Base,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    renames: Mapping[str, str] | None,
 ) -> list[On]:
     operands = listed(patches)
     return [
@@ -113,7 +118,7 @@ def _entries(
             label_of(operand, patch),
             StackEntry(patch, patch.exact_scale, patterns(include), patterns(exclude), dict(renames or {})),
         )
-        for operand, patch in zip(operands, open_patches(operands), strict=True)
+        for operand, patch in zip(operands, open_patches(operands, base), strict=True)
     ]
 
 

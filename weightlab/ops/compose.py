@@ -10,7 +10,7 @@ from pathlib import Path
 from weightlab.errors import MisfitError, NamesMismatchError, UsageError
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.extract.rules import EncodeRules, Rules
-from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, open_patches, reading
+from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, base_of, open_patches, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.header import Method
@@ -52,7 +52,7 @@ def compose(
         MisfitError: tensors that are added, removed, extended or not summable, and no exact result is asked for.
         WrongBaseError: the base is another.
     """
-    opened = sorted(open_patches(patches), key=lambda p: p.id)
+    opened = sorted(open_patches(patches, base_of(base, key=key, wait=wait, resources=resources)), key=lambda p: p.id)
     if not opened:
         raise UsageError("nothing to compose", "give one or more patches")
     twice = [p.label for p, q in itertools.pairwise(opened) if p.id == q.id]

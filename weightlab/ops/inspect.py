@@ -6,15 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from weightlab.errors import UsageError
 from weightlab.ops.moments import Moments, moments
-from weightlab.ops.operands import ModelLike, PathLike, model_path, parse_patch, reading
+from weightlab.ops.operands import ModelLike, PathLike, base_of, model_path, names_patch, open_patches, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
-from weightlab.patches.patch import Patch, is_patch, open_patch
+from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
 from weightlab.stream.executor import Resources
@@ -98,8 +97,8 @@ def inspect(
         WrongBaseError, NamesMismatchError: `base` is not the base of the patch.
     """
     resources = resources or Resources()
-    patch = _as_patch(path)
-    if patch is not None:
+    if names_patch(path):
+        (patch,) = open_patches(path, base_of(base, key=key, wait=wait, resources=resources))
         return _patch(patch, base, key, norms, wait, resources)
     assert not isinstance(path, Patch)
     if base is not None and model_path(path):
@@ -115,13 +114,6 @@ def inspect(
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
         return result
-
-
-def _as_patch(path: PathLike | Patch) -> Patch | None:
-    if isinstance(path, Patch):
-        return path
-    place = Path(parse_patch(os.fspath(path))[0])
-    return open_patch(place) if place.exists() and is_patch(place) else None
 
 
 def _patch(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
-from weightlab.errors import IntegrityError, MissingInputError, UnsupportedFormatError, UsageError
+from weightlab.adapters.reading import Network, is_adapter
+from weightlab.errors import IntegrityError, MissingInputError, UsageError
+from weightlab.extract.adapter import adapter_patch
 from weightlab.files.lock import folder_lock
-from weightlab.patches.patch import Patch, open_patch
+from weightlab.networks.made import network_in
+from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources import Source, open_source
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stack.guards import folder_of
+from weightlab.stack.guards import clean_view, folder_of
 from weightlab.stack.state import pending
+from weightlab.stream.executor import Resources
 
 PathLike: TypeAlias = str | os.PathLike[str]
 ModelLike: TypeAlias = PathLike | Mapping[str, Tensor]
@@ -120,13 +125,47 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def open_patches(operands: PatchesLike) -> list[Patch]:
-    """Opens patches, each with its scale: that of the operand, else its own default.
+Base: TypeAlias = Callable[[], AbstractContextManager[tuple[Source | None, Network]]]
+"""Opens, where it is asked for, the clean model that patches go on, and says how its network is made."""
+
+
+@contextmanager
+def no_base() -> Iterator[tuple[Source | None, Network]]:
+    """For patches that are opened by themselves."""
+    yield None, lambda: None
+
+
+def base_of(
+    model: ModelLike | None, *, key: str | None = None, wait: float = 0.0, resources: Resources | None = None
+) -> Base:
+    """What adapters that go on a model are opened with; the model is opened only if there are any."""
+
+    @contextmanager
+    def opened() -> Iterator[tuple[Source | None, Network]]:
+        if model is None:
+            yield None, lambda: None
+            return
+        network: Network = (lambda: None) if isinstance(model, Mapping) else partial(network_in, model)
+        with (
+            reading(model, key=key, wait=wait) as source,
+            clean_view(source, resources or Resources()) as (clean, _),
+        ):
+            yield clean, network
+
+    return opened
+
+
+def open_patches(operands: PatchesLike, base: Base = no_base) -> list[Patch]:
+    """Opens patches, each with its scale: that of the operand, else its own default. PEFT adapters are patches too.
+
+    Args:
+        base: what adapters go on.
 
     Raises:
         MissingInputError, MalformedFileError, IntegrityError: see `open_patch`.
+        UnsupportedFormatError, MisfitError, UsageError: see `adapter_patch`.
     """
-    return [_opened(operand) for operand in listed(operands)]
+    return [_opened(operand, base) for operand in listed(operands)]
 
 
 def listed(operands: PatchesLike) -> list[PatchLike]:
@@ -134,20 +173,27 @@ def listed(operands: PatchesLike) -> list[PatchLike]:
     return [operands] if isinstance(operands, str | os.PathLike | Patch) else list(operands)
 
 
-def _opened(operand: PatchLike) -> Patch:
+def _opened(operand: PatchLike, base: Base) -> Patch:
     if isinstance(operand, Patch):
         return operand
     name, scale = parse_patch(os.fspath(operand))
     path = Path(name)
-    if (path / "adapter_config.json").is_file():
-        raise UnsupportedFormatError(
-            f"{path}: a PEFT adapter; this version of weightlab does not read adapters",
-            "merge it into its model with peft (merge_and_unload), then take a diff",
-        )
     if not path.exists() and name.startswith(_HUB):
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
-    patch = open_patch(path)
+    if is_adapter(path):
+        with base() as (source, network):
+            patch = adapter_patch(path, source, network)
+    else:
+        patch = open_patch(path)
     return patch if scale is None else patch.at(scale)
+
+
+def names_patch(operand: PatchLike) -> bool:
+    """Whether that is a patch, or a PEFT adapter, and not a checkpoint."""
+    if isinstance(operand, Patch):
+        return True
+    path = Path(parse_patch(os.fspath(operand))[0])
+    return path.exists() and (is_patch(path) or is_adapter(path))
 
 
 def label_of(operand: PatchLike, patch: Patch) -> str:

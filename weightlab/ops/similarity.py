@@ -13,10 +13,10 @@ from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract.gram import Gram, cosine, gram, joined
 from weightlab.ops.inspect import has_delta
 from weightlab.ops.moments import moments
-from weightlab.ops.operands import ModelLike, PathLike, open_patches, parse_patch, reading
+from weightlab.ops.operands import ModelLike, PathLike, base_of, names_patch, open_patches, parse_patch, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
-from weightlab.patches.patch import Patch, is_patch
+from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
@@ -152,8 +152,8 @@ def patches_in(given: PathLike | Patch) -> list[PathLike | Patch]:
     if isinstance(given, Patch):
         return [given]
     path = Path(parse_patch(os.fspath(given))[0])
-    if path.is_dir() and not is_patch(path):
-        return [p for p in sorted(path.glob("*.safetensors")) if is_patch(p)]
+    if path.is_dir() and not names_patch(path):
+        return [p for p in sorted(path.iterdir()) if names_patch(p)]
     return [given]
 
 
@@ -164,7 +164,8 @@ def _vectors(
     """(each operand as a source of float tensors, the base, what these are)."""
     with ExitStack() as stack:
         source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
-        patches = {i: open_patches(o)[0] for i, o in enumerate(operands) if _is_patch(o)}
+        opening = base_of(base, key=key, wait=wait, resources=resources)
+        patches = {i: open_patches(o, opening)[0] for i, o in enumerate(operands) if names_patch(o)}
         if source is None and patches and len(patches) < len(operands):
             raise UsageError("patches and checkpoints are compared as changes of one base", "give --base")
         found: list[Source] = []
@@ -181,13 +182,6 @@ def _vectors(
 
 def _label(operand: PathLike | Patch) -> str:
     return operand.label if isinstance(operand, Patch) else os.fspath(operand)
-
-
-def _is_patch(operand: PathLike | Patch) -> bool:
-    if isinstance(operand, Patch):
-        return True
-    path = Path(parse_patch(os.fspath(operand))[0])
-    return path.exists() and is_patch(path)
 
 
 def _delta(patch: Patch, base: Source | None, resources: Resources) -> Source:

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from weightlab.adapters.reading import Network
 from weightlab.errors import StackError
 from weightlab.networks.names import file_tensors
 from weightlab.ops.new_checkpoint import checked_fit
@@ -17,6 +18,7 @@ from weightlab.ops.operands import PatchesLike, PatchLike, open_patches
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
 from weightlab.patches.patch import Patch
+from weightlab.sources import Source
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, Workspace, run
 from weightlab.tensors.arithmetic import round_scale
@@ -75,7 +77,7 @@ class PatchStack:
             StackError: one is on already; use `set`.
             MisfitError: they do not fit; everything is as before.
         """
-        new = [StackEntry(p, p.exact_scale, *self._options) for p in open_patches(patches)]
+        new = [StackEntry(p, p.exact_scale, *self._options) for p in open_patches(patches, self._base)]
         there = {e.patch.id for e in self._entries}
         twice = [e.patch.label for e in new if e.patch.id in there]
         if twice:
@@ -84,7 +86,7 @@ class PatchStack:
 
     def set(self, patch: PatchLike, scale: float) -> None:
         """Changes the strength of a patch that is on, or puts it on with that strength."""
-        (opened,) = open_patches([patch])
+        (opened,) = open_patches([patch], self._base)
         new = round_scale(scale)
         kept = [replace(e, scale=new) if e.patch.id == opened.id else e for e in self._entries]
         if all(e.patch.id != opened.id for e in self._entries):
@@ -97,7 +99,7 @@ class PatchStack:
         Raises:
             StackError: it is not on.
         """
-        (opened,) = open_patches([patch])
+        (opened,) = open_patches([patch], self._base)
         kept = [e for e in self._entries if e.patch.id != opened.id]
         if len(kept) == len(self._entries):
             raise StackError(f"{opened.label} is not on", "see `patches`", [p.label for p in self.patches])
@@ -112,11 +114,19 @@ class PatchStack:
         self.clear()
         _in_use.discard(self._module)
 
+    @contextmanager
+    def _base(self) -> Iterator[tuple[Source, Network]]:
+        """What adapters are opened with: the clean tensors, and the module itself as the network."""
+        yield self._source(file_tensors(self._module)), lambda: self._module
+
+    def _source(self, state: Mapping[str, Tensor]) -> MemorySource:
+        return MemorySource(dict(state) | self._clean_of(state), label=type(self._module).__name__)
+
     def _become(self, entries: Sequence[StackEntry]) -> None:
         """Makes these patches those that are on. An error leaves the module as it is."""
         entries = sorted(entries, key=lambda e: e.patch.id)
         state = file_tensors(self._module)
-        source = MemorySource(state | self._clean_of(state), label=type(self._module).__name__)
+        source = self._source(state)
         targets = checked_fit(source, entries, self._resources).targets if entries else {}
         wrong = [f"{n}: would come, go, or change size or dtype" for n, t in targets.items() if _reshapes(t)]
         if wrong:
@@ -168,6 +178,16 @@ def _overwrite(tensor: Tensor, values: Tensor) -> None:
     """Copies values into a tensor in place; the same dtype, so bits are copied as they are."""
     with torch.no_grad():
         tensor.copy_(values)
+
+
+def patches_for(module: nn.Module, patches: PatchesLike) -> list[Patch]:
+    """Opens patches that are to go on a module, PEFT adapters too."""
+
+    @contextmanager
+    def base() -> Iterator[tuple[Source, Network]]:
+        yield MemorySource(file_tensors(module), label=type(module).__name__), lambda: module
+
+    return open_patches(patches, base)
 
 
 @contextmanager

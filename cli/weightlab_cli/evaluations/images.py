@@ -81,8 +81,8 @@ def command(
     from weightlab_evals.images.plot import plot_scales
 
     from weightlab.files.atomic import refuse_existing
-    from weightlab.ops.operands import open_patches
     from weightlab.ops.plot import check_picture
+    from weightlab.runtime.patched import patches_for
 
     if out is not None:
         refuse_existing(out)
@@ -93,7 +93,7 @@ def command(
     chosen = None if not names else [] if names == ("none",) else list(names)
     if dry_run:
         classifier.places(images)
-        opened = [patch.id for patch in open_patches(list(patches))]
+        opened = [patch.id for patch in patches_for(classifier.module, list(patches))]
         common.output.result({"dry_run": True, "images": len(images), "patches": opened})
         common.output.line(f"{len(images)} images, {len(opened)} patches; nothing was predicted (dry run)")
         return

@@ -15,7 +15,8 @@ import numpy as np
 import weightlab as wl
 from weightlab.errors import UsageError
 from weightlab.files.atomic import atomic_file
-from weightlab.ops.operands import PatchesLike, open_patches
+from weightlab.ops.operands import PatchesLike
+from weightlab.runtime.patched import patches_for
 from weightlab_evals.images.corruptions import corrupted, corruptions
 from weightlab_evals.images.data import Cell, Images
 from weightlab_evals.images.metrics import Accuracy, accuracy, corruption_error
@@ -104,7 +105,7 @@ def evaluate(
         classifier.module.to(resources.device)
     classifier.places(images)  # labels that do not fit are found before any work
     cells = _cells(images, names, severities)
-    opened = open_patches(patches)
+    opened = patches_for(classifier.module, patches)
     with wl.patched(classifier.module, opened, resources=resources):
         pass  # likewise patches that do not fit
     rows = [Row([], 0.0)] + ([Row([_patch(p, s) for p in opened], s) for s in scales] if opened else [])

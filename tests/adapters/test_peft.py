@@ -1,0 +1,160 @@
+"""Adapters of every kind against peft itself: what `apply --out` writes is what `merge_and_unload` gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import weightlab as wl
+
+transformers = pytest.importorskip("transformers", reason="transformers is in the extra lm")
+peft = pytest.importorskip("peft", reason="peft is an extra")
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def llama(**options: Any) -> nn.Module:
+    config = transformers.LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=False, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+def tied_llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True))
+
+
+def gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40))
+
+
+def mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=3))
+
+
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(**SMALL, **HEADS, head_dim=8, num_local_experts=3, num_experts_per_tok=2)
+    return transformers.GptOssForCausalLM(config)
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def resnet() -> nn.Module:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    return transformers.ResNetForImageClassification(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
+    "all linear": (llama, {"target_modules": "all-linear"}),
+    "rank_pattern": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 3}},
+    ),
+    "alpha_pattern": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 3, "v_proj": 1}},
+    ),
+    "rslora": (llama, {"target_modules": ["q_proj"], "use_rslora": True}),
+    "fan_in_fan_out": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied embedding": (tied_llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied head": (tied_llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "convolution": (resnet, {"target_modules": ["convolution"]}),
+    "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "one of the experts' parameters": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS[:1]}),
+    "experts with patterns": (
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"experts.gate_up_proj": 5},
+        },
+    ),
+    "transposed experts": (gpt_oss, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "a matrix as parameter": (llama, {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}),
+    "modules_to_save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "classifier": (vit, {"target_modules": ["query", "q_proj"], "modules_to_save": ["classifier"]}),
+    "biases": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "lora's own biases": (gpt2, {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True}),
+    "bias of B": (bert, {"target_modules": ["query", "dense"], "lora_bias": True}),
+    "trainable tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}),
+    "trainable tokens by name": (
+        llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [5]}},
+    ),
+    "trainable tokens, tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}),
+    "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "dora, fan_in_fan_out": (gpt2, {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
+}
+
+
+def made(folder: Path, kind: str) -> tuple[Path, Path, dict[str, Tensor]]:
+    """(base, adapter, the tensors that peft's merge is saved with)."""
+    make, options = KINDS[kind]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = make()
+        network.save_pretrained(folder / "base")
+        model = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, **options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder / "adapter")
+        kind_of: Any = type(network)
+        fresh = kind_of.from_pretrained(folder / "base")
+        merged = peft.PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+    return folder / "base", folder / "adapter", load_file(folder / "merged" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_what_peft_merges(tmp_path: Path, kind: str) -> None:
+    base, adapter, merged = made(tmp_path, kind)
+    clean = load_file(base / "model.safetensors")
+    wl.apply(base, adapter, out=tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == merged.keys() == clean.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6), name
+    changed = {n for n, t in merged.items() if not torch.equal(t, clean[n])}
+    assert changed and changed == {n for n, t in found.items() if not torch.equal(t, clean[n])}
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied embedding", "experts", "convolution", "trainable tokens", "dora"])
+def test_in_place_and_in_memory_it_is_the_same(tmp_path: Path, kind: str) -> None:
+    base, adapter, _ = made(tmp_path, kind)
+    first = (base / "model.safetensors").read_bytes()
+    wl.apply(base, f"{adapter}@0.5", out=tmp_path / "out")
+    wl.apply(base, f"{adapter}@0.5", in_place=True)
+    assert (base / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    wl.remove(base, adapter)
+    assert (base / "model.safetensors").read_bytes() == first
+    kind_of: Any = type(KINDS[kind][0]())
+    network = kind_of.from_pretrained(base).eval()
+    loaded = kind_of.from_pretrained(tmp_path / "out").eval()
+    with wl.patched(network, f"{adapter}@0.5"):
+        state = {n: t.clone() for n, t in network.state_dict().items()}
+    assert all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())
