@@ -43,7 +43,7 @@ def plain(text: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `base`, `tuned` and `robust` that were trained from it; a small classifier and its patch."""
+    """The current folder: `base`; `tuned`, `robust` and `next`, trained from it; a small classifier and its patch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WEIGHTLAB_CACHE", str(tmp_path / "cache"))
     network = vgg().state_dict()
@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     factors = {"layers.0.lora_A.weight": torch.ones(1, 40), "layers.0.lora_B.weight": torch.ones(16, 1)}
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    for name, seed in (("base", 0), ("tuned", 1), ("robust", 2)):
+    for name, seed in (("base", 0), ("tuned", 1), ("robust", 2), ("next", 3)):
         (tmp_path / name).mkdir()
         save_file(
             state(seed, 0.01 * seed) | {"layer.norm.weight": torch.full((8,), 1.0 + seed)},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weightlab.ops.signature import signature
     from weightlab.ops.similarity import compare, identify
     from weightlab.ops.stack import remove, scale, status
+    from weightlab.ops.transfer import transfer
     from weightlab.ops.verify import verify
     from weightlab.patches.patch import Patch, open_patch
     from weightlab.runtime.patched import PatchStack, patched
@@ -48,6 +49,7 @@ _WHERE = {
     "scale": "weightlab.ops.stack",
     "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
+    "transfer": "weightlab.ops.transfer",
     "verify": "weightlab.ops.verify",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "scale",
     "signature",
     "status",
+    "transfer",
     "verify",
 ]
 

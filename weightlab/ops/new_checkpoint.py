@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from weightlab.errors import UsageError
@@ -32,11 +32,19 @@ def checked_fit(clean: Source, entries: Sequence[StackEntry], resources: Resourc
     return fitted
 
 
-def write_out(model: PathLike, out: Path, decide: Decide, key: str | None, options: ChangeOptions) -> Outcome:
+def write_out(
+    model: PathLike,
+    out: Path,
+    decide: Decide,
+    key: str | None,
+    options: ChangeOptions,
+    instead: Mapping[str, bytes] | None = None,
+) -> Outcome:
     """Writes the checkpoint that `decide` makes of a model and what is on it already.
 
     Args:
         out: a new or empty folder; `NAME.safetensors` for a model of one file.
+        instead: files beside the weights, by name, in place of the model's own or beyond them.
 
     Raises:
         UsageError, MisfitError, StorageError and others, before the first byte is written.
@@ -53,8 +61,11 @@ def write_out(model: PathLike, out: Path, decide: Decide, key: str | None, optio
         entries = sorted(decide(on), key=lambda o: o[1].patch.id)
         fitted = checked_fit(clean, [entry for _, entry in entries], options.resources)
         files = plan_files(local, clean, fitted, _single(local, out, one_file))
+        small = {} if one_file else dict(instead or {})
         beside, left = ([], []) if one_file or not path.is_dir() else companions(path, _files_of(local))
+        beside = [name for name in beside if str(name) not in small]
         sizes = [f.size for f in files] + [(path / name).stat().st_size for name in beside]
+        sizes += map(len, small.values())
         disk.require_room(out.absolute().parent, sum(sizes), max(sizes))
         touched = sum(t.result.nbytes for t in fitted.targets.values() if t.mode != "remove")
         written, notes = Written(touched, sum(sizes) - touched), ["nothing was written (dry run)"]
@@ -70,6 +81,8 @@ def write_out(model: PathLike, out: Path, decide: Decide, key: str | None, optio
                     if local is not None and local.index is not None:
                         _write_small(folder / local.anchor, index_content(local.index, files))
                     copied = copy_companions(path, beside, folder)
+                    for name, content in small.items():
+                        _write_small(folder / name, content)
                     written = Written(written.computed, written.copied + copied)
     return Outcome(
         os.fspath(model),

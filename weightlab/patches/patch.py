@@ -24,7 +24,7 @@ from weightlab.tensors.arithmetic import round_scale
 from weightlab.tensors.spec import DTYPES
 
 
-class _Files:
+class PatchFiles:
     """The open files of a patch, closed when the last patch object that uses them is gone."""
 
     def __init__(self, paths: Mapping[str, Path], temporary: Path | None = None) -> None:
@@ -59,7 +59,7 @@ class Patch:
     header: PatchHeader = field(compare=False)
     id: str
     scale: float
-    _files: _Files = field(compare=False)
+    _files: PatchFiles = field(compare=False)
     _extents: Mapping[str, Extent] = field(compare=False)
 
     @property
@@ -219,7 +219,7 @@ def open_patch(path: str | os.PathLike[str], *, temporary: bool = False) -> Patc
     headers = {name: read_header(p) for name, p in paths.items() if name != INDEX_NAME or index is None}
     header, identity = joined(place, {n: parse_header(h.metadata, str(paths[n])) for n, h in headers.items()})
     check_entries(place, header, headers, index)
-    files = _Files(paths, place if temporary else None)
+    files = PatchFiles(paths, place if temporary else None)
     extents = {
         entry: Extent(files.descriptors[file], paths[file], e.offset, e.spec)
         for file, h in headers.items()
@@ -231,4 +231,4 @@ def open_patch(path: str | os.PathLike[str], *, temporary: bool = False) -> Patc
 def stand_in(path: Path, patch_id: str) -> Patch:
     """A patch without tensors, in the place of one that cannot be read."""
     header = PatchHeader(schema=SCHEMA, kind="diff", method=Method(name="unreadable"), base=Base(), tensors={})
-    return Patch(path, header, patch_id, 1.0, _Files({}), {})
+    return Patch(path, header, patch_id, 1.0, PatchFiles({}), {})

@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlab.encodings import Buffers
 from weightlab.patches.header import SCHEMA, Base, Method, PatchHeader, Record, features_of
 from weightlab.patches.parts import StoredParts
-from weightlab.patches.patch import Patch, _Files
+from weightlab.patches.patch import Patch, PatchFiles
 from weightlab.sources import Source
 from weightlab.stream.executor import Resources
 from weightlab.tensors.spec import TensorSpec
@@ -87,4 +87,4 @@ def delta_patch(delta: Source, before: Mapping[str, TensorSpec], after: Mapping[
         base=Base(),
         tensors=records,
     )
-    return DeltaPatch(None, header, header.id(), 1.0, _Files({}), {}, delta=delta)
+    return DeltaPatch(None, header, header.id(), 1.0, PatchFiles({}), {}, delta=delta)
