@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from weightlab_cli import options
+from weightlab_cli.evaluations._scales import scales_of
 from weightlab_cli.options import Common
 from weightlab_cli.output import Bar, Output
 
 if TYPE_CHECKING:
     from weightlab_evals.images.evaluate import Evaluation
-
-
-def _scales(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} are no numbers; write for example 0,0.5,1") from error
 
 
 @click.command()
@@ -32,7 +26,7 @@ def _scales(ctx: click.Context, param: click.Parameter, value: str) -> tuple[flo
     "--patch", "patches", multiple=True, metavar="PATCH[@SCALE]", help="On the model, all together; repeatable."
 )
 @click.option(
-    "--scales", default="1", show_default=True, callback=_scales, help="Factors of the patches' scales, by comma."
+    "--scales", default="1", show_default=True, callback=scales_of, help="Factors of the patches' scales, by comma."
 )
 @click.option(
     "--corruption", "names", multiple=True, metavar="NAME", help="Repeatable; none: clean only.  [default: all]"

@@ -1,0 +1,1 @@
+"""Language models with patches on them in memory, scored by lm_eval."""
