@@ -30,7 +30,7 @@ _INDEX = ".bin.index.json"
 _USUAL_KEYS = ("state_dict", "model", "model.state_dict", "model_state_dict", "module")
 _REFUSED = {
     ".distcp": "a torch distributed checkpoint; convert it with torch.distributed.checkpoint.format_utils",
-    ".gguf": "a GGUF file, which holds quantised codes",
+    ".gguf": "a GGUF file beside no other weights; name the file itself, which is read dequantised",
     ".ggml": "a GGML file, which holds quantised codes",
     ".nemo": "a NeMo archive; extract its weights first",
     ".h5": "a Keras or TensorFlow file; convert it to safetensors",
