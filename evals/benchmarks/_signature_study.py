@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from _environment import cache_folder
 from _signature_files import comes_off
-from weightlab_evals.signatures import likeness, patches, scores
+from weightlab_evals.signatures import controls, likeness, patches, scores
 from weightlab_evals.signatures.checkpoints import AUGMENTED, FURTHER, Checkpoints
 from weightlab_evals.signatures.choosing import choose, choose_form
 from weightlab_evals.signatures.data import CLEAN, part, split
@@ -28,15 +28,23 @@ from weightlab.files.atomic import atomic_file
 from weightlab.files.digest import bytes_digest
 
 Say = Callable[[str], None]
-Task = tuple[str, tuple[Any, ...]]
+CONTROLLED = "gaussian_noise"
+"""The corruption that more seeds are spent on, which have no part in any choice."""
 
 
 class Study:
     """Runs tasks, in several processes, and keeps what they find."""
 
-    def __init__(self, pool: ProcessPoolExecutor, corruptions: Sequence[str], seeds: Sequence[int], say: Say) -> None:
+    def __init__(
+        self,
+        pool: ProcessPoolExecutor,
+        corruptions: Sequence[str],
+        seeds: Sequence[int],
+        more_seeds: Sequence[int],
+        say: Say,
+    ) -> None:
         self._pool, self._say = pool, say
-        self.corruptions, self.seeds = list(corruptions), list(seeds)
+        self.corruptions, self.seeds, self.more_seeds = list(corruptions), list(seeds), list(more_seeds)
 
     def network(self, network: str) -> dict[str, Any]:
         """Everything about one network."""
@@ -61,8 +69,11 @@ class Study:
         alike = self._all("alike", [(network, seed, names, asdict(form)) for seed in seeds])
         pairs = [(network, one, two, names, asdict(form)) for one, two in combinations(seeds, 2)]
         other_start = self._all("other_start", pairs)
+        every_seed = [*seeds, *self.more_seeds]
+        many = self._all("controls", [(network, seed, CONTROLLED, told) for seed in every_seed])
         return {
             "choice": told,
+            "controls": list(many.values()),
             "forms": [{**asdict(f), "corrupted": mean} for f, mean in means.items()],
             "validation": {name: [found["baseline"] for found in every] for name, every in by_name.items()},
             "tests": {name: [tests[network, seed, name, _key(told)] for seed in seeds] for name in names},
@@ -99,11 +110,13 @@ def removal(network: str, seed: int, found: Mapping[str, Any], work: Path) -> di
 
 
 @contextmanager
-def study(corruptions: Sequence[str], seeds: Sequence[int], jobs: int, say: Say) -> Iterator[Study]:
+def study(
+    corruptions: Sequence[str], seeds: Sequence[int], more_seeds: Sequence[int], jobs: int, say: Say
+) -> Iterator[Study]:
     """A study with that many processes of one thread each, which scale better than threads on networks so small."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield Study(pool, corruptions, seeds, say)
+        yield Study(pool, corruptions, seeds, more_seeds, say)
 
 
 def _key(value: Any) -> Any:
@@ -113,7 +126,8 @@ def _key(value: Any) -> Any:
 
 def _kept(step: str, given: tuple[Any, ...]) -> Any:
     """The result of a step; from the disk if nothing that it depends on has changed."""
-    sources = "".join(inspect.getsource(module) for module in (patches, scores, likeness))
+    modules = [patches, scores, likeness, *([controls] if step == "controls" else [])]
+    sources = "".join(inspect.getsource(module) for module in modules)
     words = [step, json.dumps(given, sort_keys=True), sources, _checkpoints_id()]
     file = _folder() / "results" / f"{bytes_digest(chr(0).join(words).encode())[:32]}.json"
     if not file.exists():
@@ -188,6 +202,10 @@ def _other_start(network: str, one: int, two: int, names: Sequence[str], form: M
     return {"ranks": likeness.ranks(first, second), "cosines": likeness.cosines(first, second)}
 
 
+def _controls(network: str, seed: int, corruption: str, choice: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(controls.controls(_checkpoints(network, seed), corruption, _choice(choice)))
+
+
 def _library(network: str, seed: int, domain: str, names: Sequence[str], form: Mapping[str, Any]) -> likeness.Library:
     taken = Patches(_checkpoints(network, seed), domain)
     return {name: taken.signature(name, Form(form["depth"], "keep")) for name in names}
@@ -206,4 +224,5 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "composed": _composed,
     "alike": _alike,
     "other_start": _other_start,
+    "controls": _controls,
 }

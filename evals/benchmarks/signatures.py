@@ -39,12 +39,16 @@ Examples:
 @click.command(help=HELP)
 @click.option("--network", "networks", multiple=True, type=click.Choice([*NORMS]), help="Just this one; repeatable.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option(
+    "--more-seeds", default=7, show_default=True, type=click.IntRange(0), help="For gaussian noise against controls."
+)
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that came out.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
 def main(
     networks: tuple[str, ...],
     seeds: int,
+    more_seeds: int,
     jobs: int,
     json_path: Path | None,
     readme: Path | None,
@@ -53,9 +57,9 @@ def main(
     if readme:
         replace_between_markers(readme, "signatures", "")  # fails now rather than after hours
     names = corruptions()
-    every = [FIRST_SEED + n for n in range(seeds)]
+    every, more = ([FIRST_SEED + n for n in r] for r in (range(seeds), range(seeds, seeds + more_seeds)))
     found: dict[str, Any] = {}
-    with study(names, every, jobs, lambda text: click.echo(text, err=True)) as running:
+    with study(names, every, more, jobs, lambda text: click.echo(text, err=True)) as running:
         running.images()
         for network in networks or tuple(NORMS):
             found[network] = running.network(network)
@@ -67,6 +71,7 @@ def main(
         "machine": machine(cache_folder()),
         "versions": versions("weightlab", "numpy", "torch", "corrupt-tta", "mlxtend", "scikit-learn"),
         "seeds": every,
+        "more_seeds": more,
         "networks": found,
         "sizes": sizes_of,
         "comes_off": off,

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from _signature_report import METHODS, Outcome, interval, report
+from _signature_outcome import Outcome, interval
+from _signature_report import METHODS, report
 from weightlab_evals.signatures.patches import FAMILIES
 
 NAMES = [name for family in FAMILIES.values() for name in family]
@@ -34,6 +35,7 @@ def network(scale: float = 1.0) -> dict[str, Any]:
         "depths": {"features.0": 0.3, "features.2": 0.1},
     }
     return {
+        "controls": [{"A": row(seed, "snow"), "B": row(seed, "snow")} for seed in range(3)],
         "choice": {"form": {"depth": 4, "norm": "keep"}, "alphas": {"signature": {"snow": 0.5, "fog": 0.75}}},
         "forms": [{"depth": 4, "norm": "keep", "corrupted": 0.8}],
         "tests": {name: [every(seed, name) for seed in range(3)] for name in NAMES},
