@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightlab.networks.names import file_order
     from weightlab.ops.apply import apply
     from weightlab.ops.compose import compose
+    from weightlab.ops.connectivity import connectivity
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
     from weightlab.ops.signature import signature
@@ -38,6 +39,7 @@ _WHERE = {
     "apply": "weightlab.ops.apply",
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
+    "connectivity": "weightlab.ops.connectivity",
     "diff": "weightlab.ops.diff",
     "file_order": "weightlab.networks.names",
     "identify": "weightlab.ops.similarity",
@@ -62,6 +64,7 @@ __all__ = [
     "apply",
     "compare",
     "compose",
+    "connectivity",
     "diff",
     "file_order",
     "identify",

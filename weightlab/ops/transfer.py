@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from weightlab.adapters.reading import is_adapter
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
-from weightlab.networks.vocabulary import tokens_of, vocabulary_tensors
+from weightlab.errors import UsageError
+from weightlab.networks.vocabulary import vocabulary_tensors
 from weightlab.ops.carried import Carried, carried
+from weightlab.ops.connectivity import Connectivity, connectivity
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import PathLike, base_of, model_path, open_patches, reading
+from weightlab.ops.operands import PathLike, base_of, model_path, open_patches
 from weightlab.ops.outcome import Outcome
+from weightlab.ops.three import (
+    Names,
+    Rows,
+    Three,
+    clean_source,
+    require_shapes,
+    row_plan,
+    shared_names,
+    under_target_names,
+)
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
-from weightlab.patches.ties import redundant_copy_of
 from weightlab.patches.virtual import delta_patch
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.joined import JoinedSource
-from weightlab.sources.virtual.named import NamedSource
 from weightlab.sources.virtual.rows import RowsSource
-from weightlab.stack.guards import clean_view
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.tensors.spec import TensorSpec
-from weightlab.tensors.vocabulary import RowPlan, rows_by_id, rows_by_token
-
-Rows = Literal["by-token", "by-id"]
+from weightlab.tensors.vocabulary import RowPlan
 
 
 @dataclass(slots=True)
@@ -60,11 +65,13 @@ class Transfer(Outcome):
     """What was done.
 
     Attributes:
+        forecast: whether it is expected to work; None for adapters, and where none was asked for.
         rows: None where the three models number the same tokens in the same way.
         carried: fields and files that come from the tune, the others being the target's.
         kept: integer tensors that the tune changed; the target's stay.
     """
 
+    forecast: Connectivity | None = None
     rows: RowCounts | None = None
     carried: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -78,6 +85,7 @@ def transfer(
     *,
     scale: float = 1.0,
     rows: Rows | None = None,
+    forecast: bool = True,
     allow_nonfinite: bool = False,
     wait: float = 0.0,
     dry_run: bool = False,
@@ -94,6 +102,7 @@ def transfer(
         scale: λ.
         rows: how rows of embeddings are matched; None: by token where there are tokenizers, otherwise by id, and only
             where the counts are the same.
+        forecast: whether to say what is expected of it, for which the three models are read once more.
 
     Raises:
         NamesMismatchError: lists every tensor that the three do not share.
@@ -108,13 +117,13 @@ def transfer(
         return _adapter(paths, Path(out), scale, options)
     model_path(source_tuned)
     with ExitStack() as stack:
-        base, tuned, target = (_clean(stack, path, options) for path in paths)
-        names = _names(base, tuned, target)
+        base, tuned, target = (clean_source(stack, path, wait, options.resources) for path in paths)
+        names = shared_names(base, tuned, target)
         folders = [path if path.is_dir() else None for path in paths]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
-        plan = _plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, rows)
+        plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, rows)
         moved = vocabulary if plan is not None and not plan.plain else []
-        _require_shapes((base, tuned, target), {n: s for n, s in names.items() if n not in moved})
+        require_shapes((base, tuned, target), {n: s for n, s in names.items() if n not in moved})
         patch = _patch((base, tuned, target), names, moved, plan, scale)
         beside = carried(paths[0], paths[1], paths[2], plan if moved else None) if folders[2] else Carried()
         done = _written(paths[2], Path(out), patch, 1.0, beside, options)
@@ -122,7 +131,9 @@ def transfer(
             tokens = plan.matched + plan.left + len(plan.new)
             done.rows = RowCounts(moved, plan.matched, plan.new, plan.left, plan.dropped, plan.rows - tokens)
         done.kept = _integers(base, tuned, target, options.resources)
-        return done
+    if forecast and rows != "by-id":
+        done.forecast = connectivity(source_base, source_tuned, target_base, wait=wait, resources=options.resources)
+    return done
 
 
 def _adapter(paths: list[Path], out: Path, scale: float, options: ChangeOptions) -> Transfer:
@@ -138,108 +149,16 @@ def _written(target: Path, out: Path, patch: Patch, scale: float, beside: Carrie
     return Transfer(**{name: getattr(done, name) for name in Outcome.__slots__}, carried=beside.fields)
 
 
-def _clean(stack: ExitStack, path: Path, options: ChangeOptions) -> Source:
-    source = stack.enter_context(reading(path, wait=options.wait))
-    clean, _ = stack.enter_context(clean_view(source, options.resources))
-    return clean
-
-
-def _names(base: Source, tuned: Source, target: Source) -> dict[str, tuple[str, str, str]]:
-    """{name in the target: its names in the three}, of all that can be summed.
-
-    Raises:
-        NamesMismatchError: lists what one of them lacks, or has beyond the target.
-        MisfitError: lists weights that are codes.
-    """
-    found: dict[str, tuple[str, str, str]] = {}
-    wrong: list[str] = []
-    codes: list[str] = []
-    used: tuple[set[str], set[str]] = (set(), set())
-    for name, spec in target.specs.items():
-        mine = [_stored(source, name, target) for source in (base, tuned)]
-        lacking = [s.label for s, stored in zip((base, tuned), mine, strict=True) if stored is None]
-        wrong += [f"{spec}: not in {label}" for label in lacking]
-        if lacking:
-            continue
-        first, second = mine[0] or name, mine[1] or name
-        used[0].add(first)
-        used[1].add(second)
-        opaque = name in target.opaque or first in base.opaque or second in tuned.opaque
-        if spec.is_float and base.specs[first].is_float and tuned.specs[second].is_float and not opaque:
-            found[name] = (first, second, name)
-        elif spec.is_float or (opaque and len(spec.shape) > 1):
-            codes.append(str(spec))
-    for source, seen in zip((base, tuned), used, strict=True):
-        extra = [n for n in source.specs if n not in seen and redundant_copy_of(source, n, seen) is None]
-        wrong += [f"{source.specs[n]}: in {source.label}, not in {target.label}" for n in extra]
-    if wrong:
-        raise NamesMismatchError(
-            f"{len(wrong)} tensors are not in all three models", "give three models of one architecture", wrong
-        )
-    if codes:
-        raise MisfitError(
-            "these weights are codes of a quantised checkpoint, on which no sums are defined",
-            "transfer between the models before they were quantised",
-            codes,
-        )
-    return found
-
-
-def _stored(source: Source, name: str, target: Source) -> str | None:
-    """Under which name a source has the target's tensor; a tied one may go by the other's."""
-    if name in source.specs:
-        return name
-    if name in source.aliases:
-        return source.aliases[name]
-    return redundant_copy_of(target, name, [n for n in target.specs if n in source.specs])
-
-
-def _plan(
-    folders: list[Path | None],
-    sources: tuple[Source, Source, Source],
-    names: Mapping[str, tuple[str, str, str]],
-    rows: Rows | None,
-) -> RowPlan | None:
-    """How rows are matched; None without embeddings."""
-    if not names:
-        return None
-    first = next(iter(names.values()))
-    base, tuned, target = (s.specs[n].shape[0] for s, n in zip(sources, first, strict=True))
-    vocabularies = [None if f is None else tokens_of(f) for f in folders] if rows != "by-id" else [None] * 3
-    one, other, third = vocabularies
-    if one is None or other is None or third is None:
-        if rows == "by-token":
-            lacking = [str(s.label) for s, v in zip(sources, vocabularies, strict=True) if v is None]
-            raise UsageError("rows cannot be matched by token without tokenizers", "put their files there", lacking)
-        return rows_by_id(base, tuned, target, forced=rows == "by-id")
-    return rows_by_token((one, other, third), (base, tuned, target))
-
-
-def _require_shapes(sources: tuple[Source, Source, Source], names: Mapping[str, tuple[str, str, str]]) -> None:
-    wrong = []
-    for mine in names.values():
-        shapes = [s.specs[n].shape for s, n in zip(sources, mine, strict=True)]
-        if len(set(shapes)) > 1:
-            wrong.append(f"{mine[2]}: {', '.join(str(list(shape)) for shape in shapes)}")
-    if wrong:
-        raise NamesMismatchError(
-            f"{len(wrong)} tensors have other shapes in base, tune and target", "give three models of one size", wrong
-        )
-
-
 def _patch(
-    sources: tuple[Source, Source, Source],
-    names: Mapping[str, tuple[str, str, str]],
+    sources: Three,
+    names: Names,
     moved: Collection[str],
     plan: RowPlan | None,
     scale: float,
 ) -> Patch:
     base, tuned, target = sources
     plain = [name for name in names if name not in moved]
-    shown = []
-    for index, source in enumerate((base, tuned)):
-        mine = {name: three[index] for name, three in names.items()}
-        shown.append(NamedSource(source, mine | {n: n for n in source.specs if n not in mine.values()}))
+    shown = [under_target_names(source, names, index) for index, source in enumerate((base, tuned))]
     parts: list[Source] = [DifferenceSource(shown[0], shown[1], plain, round_scale(scale))]
     if plan is not None and moved:
         parts.append(RowsSource(sources, {n: names[n] for n in moved}, plan, scale))

@@ -21,6 +21,7 @@ from weightlab_cli.options import Common
     type=click.Choice(["by-token", "by-id"]),
     help="How rows of embeddings are matched.  [default: by token where there are tokenizers]",
 )
+@click.option("--forecast/--no-forecast", default=True, help="Say whether it is expected to work.  [default: yes]")
 @options.allow_nonfinite
 @options.dry_run(options.DRY_CHANGE)
 @options.wait
@@ -50,5 +51,7 @@ def command(common: Common, source_base: str, source_tuned: str, target_base: st
         common.output.table(heads, counts, f"rows of {', '.join(rows.tensors)}")
     for name in done.carried:
         common.output.line(f"from the tune: {name}")
+    if done.forecast is not None:
+        common.output.line(f"forecast: {done.forecast.forecast}; {done.forecast.words}")
     for name in done.kept:
         common.output.line(f"as in the target: {name} (integers, which the tune changed)")

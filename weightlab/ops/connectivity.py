@@ -1,0 +1,146 @@
+"""Whether a fine-tune will work on another base: a forecast from the weights, before anything is tuned there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weightlab.errors import NamesMismatchError
+from weightlab.extract.gram import Gram, gram, joined
+from weightlab.networks.vocabulary import vocabulary_tensors
+from weightlab.ops.operands import ModelLike
+from weightlab.ops.three import (
+    clean_source,
+    folder_of_model,
+    require_shapes,
+    row_plan,
+    shared_names,
+    under_target_names,
+)
+from weightlab.sources.virtual.difference import DifferenceSource
+from weightlab.stream.executor import Resources
+from weightlab.tensors.layers import unit_of
+from weightlab.tensors.order import natural_key
+from weightlab.tensors.select import select
+
+Forecast = Literal["near", "far", "unrelated"]
+UNRELATED = 0.5
+"""Below this cosine the matrices of two bases share no training: other seeds, or the same neurons in another order."""
+FAR = 4.0
+"""Beyond this ratio of the bases' distance to the tune's, less than half of a tune arrives (`evals/benchmarks`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One layer, or all.
+
+    Attributes:
+        distance: ‖target − base‖ / ‖base‖.
+        change: ‖tuned − base‖ / ‖base‖.
+        ratio: ‖target − base‖ / ‖tuned − base‖; None where the tune changed nothing.
+        cosine: of base and target.
+        along: cosine of target − base and tuned − base.
+    """
+
+    layer: str
+    distance: float
+    change: float
+    ratio: float | None
+    cosine: float
+    along: float
+
+
+@dataclass(slots=True)
+class Connectivity:
+    """What is expected of a transfer.
+
+    Attributes:
+        whole: over all matrices, where there are any: vectors, such as the weights of norms, are alike in any models.
+        layers: likewise, in their order.
+        left_out: embeddings whose rows are numbered otherwise in the target.
+    """
+
+    source_base: str
+    source_tuned: str
+    target_base: str
+    forecast: Forecast
+    whole: Link
+    layers: list[Link]
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """The forecast in a sentence."""
+        ratio = "" if self.whole.ratio is None else f"{self.whole.ratio:.2g} times as far as the tune went"
+        return {
+            "unrelated": f"the bases are unrelated (cosine {self.whole.cosine:.2f}): the tune will not work there",
+            "far": f"the target lies {ratio}: less of the tune will arrive, and it should be scored",
+            "near": f"the target lies {ratio}: most of the tune should arrive",
+        }[self.forecast]
+
+
+def connectivity(
+    source_base: ModelLike,
+    source_tuned: ModelLike,
+    target_base: ModelLike,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Connectivity:
+    """Forecasts whether target + (tuned − base) works, from the three models alone, streamed.
+
+    arXiv 2503.20110 finds that it does where source and target are connected by a line of low loss, and judges that
+    from tuned targets. Before there are any, what tells is how far the target is from the source base, beside how far
+    the tune went, and whether they share their training at all.
+
+    Raises:
+        NamesMismatchError: the three are not of one architecture.
+    """
+    models = (source_base, source_tuned, target_base)
+    resources = resources or Resources()
+    with ExitStack() as stack:
+        base, tuned, target = (clean_source(stack, path, wait, resources) for path in models)
+        names = shared_names(base, tuned, target)
+        folders = [folder_of_model(model) for model in models]
+        vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
+        plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, None)
+        left = vocabulary if plan is not None and not plan.plain else []
+        require_shapes((base, tuned, target), {n: three for n, three in names.items() if n not in left})
+        matrices = [n for n in names if len(target.specs[n].shape) > 1 and n not in left]
+        chosen = select(matrices or [n for n in names if n not in left], include, exclude)
+        if not chosen:
+            raise NamesMismatchError("no tensor is left to compare", "choose others with --include and --exclude")
+        first, second, third = (under_target_names(s, names, i) for i, s in enumerate((base, tuned, target)))
+        change, distance = DifferenceSource(first, second, chosen), DifferenceSource(first, third, chosen)
+        products = gram([first, change, distance], chosen, resources)
+    whole = _link("all", joined(products, chosen))
+    layers: dict[str, list[str]] = {}
+    for name in sorted(chosen, key=natural_key):
+        layers.setdefault(unit_of(name), []).append(name)
+    forecast: Forecast = "near"
+    if whole.cosine < UNRELATED:
+        forecast = "unrelated"
+    elif whole.ratio is None or whole.ratio > FAR:
+        forecast = "far"
+    rows = [_link(layer, joined(products, members)) for layer, members in layers.items()]
+    labels = [source.label for source in (base, tuned, target)]
+    return Connectivity(labels[0], labels[1], labels[2], forecast, whole, rows, left)
+
+
+def _link(layer: str, both: Gram) -> Link:
+    """From the inner products of (base, tuned − base, target − base)."""
+    base, change, distance = (math.sqrt(both[i, i]) for i in range(3))
+    target = math.sqrt(max(0.0, both[0, 0] + 2 * both[0, 2] + both[2, 2]))
+    return Link(
+        layer,
+        distance / base if base else math.inf,
+        change / base if base else math.inf,
+        distance / change if change else None,
+        float(both[0, 0] + both[0, 2]) / (base * target) if base and target else 0.0,
+        float(both[1, 2]) / (change * distance) if change and distance else 0.0,
+    )
