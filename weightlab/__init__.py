@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightlab.ops.connectivity import connectivity
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.recycle import recycle
     from weightlab.ops.signature import signature
     from weightlab.ops.similarity import compare, identify
     from weightlab.ops.stack import remove, scale, status
@@ -47,6 +48,7 @@ _WHERE = {
     "open_patch": "weightlab.patches.patch",
     "patched": "weightlab.runtime.patched",
     "recalibrate": "weightlab.runtime.recalibrate",
+    "recycle": "weightlab.ops.recycle",
     "remove": "weightlab.ops.stack",
     "scale": "weightlab.ops.stack",
     "signature": "weightlab.ops.signature",
@@ -72,6 +74,7 @@ __all__ = [
     "open_patch",
     "patched",
     "recalibrate",
+    "recycle",
     "remove",
     "scale",
     "signature",
