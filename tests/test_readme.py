@@ -49,7 +49,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     network = vgg().state_dict()
     save_file(network, tmp_path / "cnn.safetensors")
     wl.diff(network, {n: t + 0.01 for n, t in network.items()}, tmp_path / "fog.safetensors", encode="dense")
-    (tmp_path / "plan.yaml").write_text("{bases: [base, next], train: tune {start} {out}, work: work, result: result}")
+    (tmp_path / "plan.yaml").write_text(
+        "{bases: [base, next], train: 'tune {start} {out}', work: work, result: result}"
+    )
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     factors = {"layers.0.lora_A.weight": torch.ones(1, 40), "layers.0.lora_B.weight": torch.ones(16, 1)}
