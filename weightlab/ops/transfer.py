@@ -125,7 +125,7 @@ def transfer(
         moved = vocabulary if plan is not None and not plan.plain else []
         require_shapes((base, tuned, target), {n: s for n, s in names.items() if n not in moved})
         patch = _patch((base, tuned, target), names, moved, plan, scale)
-        beside = carried(paths[0], paths[1], paths[2], plan if moved else None) if folders[2] else Carried()
+        beside = _beside(paths, Path(out), plan if moved else None)
         done = _written(paths[2], Path(out), patch, 1.0, beside, options)
         if plan is not None and moved:
             tokens = plan.matched + plan.left + len(plan.new)
@@ -139,8 +139,15 @@ def transfer(
 def _adapter(paths: list[Path], out: Path, scale: float, options: ChangeOptions) -> Transfer:
     opening = base_of(paths[0], wait=options.wait, resources=options.resources)
     (patch,) = open_patches(paths[1], opening)
-    beside = carried(paths[0], paths[1], paths[2], None) if paths[2].is_dir() else Carried()
+    beside = _beside(paths, out, None)
     return _written(paths[2], out, patch, scale, beside, options)
+
+
+def _beside(paths: list[Path], out: Path, plan: RowPlan | None) -> Carried:
+    """What comes along from the tune; nothing to a single file, which has nothing beside it."""
+    if not paths[2].is_dir() or out.name.endswith(".safetensors"):
+        return Carried()
+    return carried(paths[0], paths[1], paths[2], plan)
 
 
 def _written(target: Path, out: Path, patch: Patch, scale: float, beside: Carried, options: ChangeOptions) -> Transfer:
