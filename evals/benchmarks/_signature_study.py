@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -114,6 +116,8 @@ def study(
     corruptions: Sequence[str], seeds: Sequence[int], more_seeds: Sequence[int], jobs: int, say: Say
 ) -> Iterator[Study]:
     """A study with that many processes of one thread each, which scale better than threads on networks so small."""
+    # An ordinary SIGTERM would end this process alone, and its workers would go on with what they were given.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield Study(pool, corruptions, seeds, more_seeds, say)
