@@ -45,7 +45,7 @@ def report(result: Found) -> str:
     lines += ["", "**Every corruption**", "", *_by_corruption(result["networks"])]
     lines += ["", "**The paper's claims, and what was found here**", ""]
     for claim, told in claims(result).items():
-        lines += [f"- *{claim}* {' '.join(told)}"]
+        lines += [f"- *{claim}*", *(f"  - {each}" for each in told)]
     return "\n".join(lines)
 
 
@@ -63,23 +63,28 @@ def _choice(found: Found) -> str:
 
 
 def _by_method(networks: Found, only: Sequence[str] | None) -> list[str]:
-    heads = [f"{TITLES[n]} {d}{kind}" for n in networks for d in ("A", "B") for kind in ("", ", clean")]
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    heads = [f"{TITLES[n]}, {d}" for n in networks for d in ("A", "B")]
+    lines = [f"| corrupted / clean | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     tests = {network: Outcome(found) for network, found in networks.items()}
     for method, title in METHODS.items():
         cells = []
         for every in tests.values():
             names = only or every.names
             for domain in ("A", "B"):
-                for kind in ("", CLEAN):
-                    there = every.has(domain, method + kind)
-                    cells.append(percent(*interval(every.seedwise(domain, method + kind, names))) if there else "")
+                if not every.has(domain, method):
+                    cells.append("")
+                    continue
+                cell = percent(*interval(every.seedwise(domain, method, names)))
+                if every.has(domain, method + CLEAN):
+                    cell += f" / {every.mean(domain, method + CLEAN, names) * 100:.1f}"
+                cells.append(cell)
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
-    share = []
-    for every in tests.values():
-        for domain in ("A", "B"):
-            share += [share_of_gap(every.closed(domain, "signature", only or every.names)), ""]
+    share = [
+        share_of_gap(every.closed(domain, "signature", only or every.names))
+        for every in tests.values()
+        for domain in ("A", "B")
+    ]
     return [*lines, f"| share of the gap that RWS closes | {' | '.join(share)} |"]
 
 
