@@ -12,7 +12,7 @@ from torch.nn import functional
 from weightlab_evals.signatures.data import Part
 
 _BATCH = 64
-_SCORED = 250
+_SCORED = 50
 
 
 @dataclass(frozen=True, slots=True)
