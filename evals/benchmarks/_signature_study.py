@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from _environment import cache_folder
 from _signature_files import comes_off
-from weightlab_evals.signatures import controls, likeness, patches, scores
+from weightlab_evals.signatures import choosing, controls, likeness, patches, scores
 from weightlab_evals.signatures.checkpoints import AUGMENTED, FURTHER, Checkpoints
 from weightlab_evals.signatures.choosing import choose, choose_form
 from weightlab_evals.signatures.data import CLEAN, part, split
@@ -48,8 +48,17 @@ class Study:
         self._pool, self._say = pool, say
         self.corruptions, self.seeds, self.more_seeds = list(corruptions), list(seeds), list(more_seeds)
 
+    @property
+    def key(self) -> str:
+        """Of all that the findings depend on."""
+        modules = (patches, scores, likeness, choosing, controls)
+        sources = [inspect.getsource(module) for module in (*modules, sys.modules[__name__])]
+        seeds = repr((self.corruptions, self.seeds, self.more_seeds))
+        return bytes_digest("\0".join([*sources, seeds, _checkpoints_id()]).encode())[:32]
+
     def network(self, network: str) -> dict[str, Any]:
         """Everything about one network."""
+        self._all("corrupt", [(data, name) for data in ("mnist5k", "digits") for name in self.corruptions])
         names, seeds = self.corruptions, self.seeds
         self._all("prepare", [(network, seed) for seed in seeds])
         tried = self._all("forms", [(network, seed, name) for name in names for seed in seeds])
@@ -83,10 +92,6 @@ class Study:
             "alike": list(alike.values()),
             "other_start": list(other_start.values()),
         }
-
-    def images(self) -> None:
-        """Corrupts what is not yet in the cache."""
-        self._all("corrupt", [(data, name) for data in ("mnist5k", "digits") for name in self.corruptions])
 
     def _all(self, step: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
         running: dict[Future[Any], tuple[Any, ...]] = {

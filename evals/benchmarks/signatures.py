@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from _environment import cache_folder, machine, versions
+from _environment import cache_folder
+from _record import Record
 from _report import replace_between_markers
 from _signature_files import sizes
 from _signature_report import report
@@ -27,11 +29,11 @@ and with each of 19 corruptions at severity 5. K, alpha and what is done about B
 images of A; what is reported is of 1,250 test images of A and 797 of B.
 
 Checkpoints, corrupted images and what was found are kept in $WEIGHTLAB_CACHE, or ~/.cache/weightlab: an interrupted
-run goes on where it stopped. All of it takes hours on two cores.
+run goes on where it stopped. What the record has is not measured again. All of it takes hours on two cores.
 
 \b
 Examples:
-  python evals/benchmarks/signatures.py --json signatures.json --readme README.md
+  python evals/benchmarks/signatures.py --record evals/benchmarks/results/signatures.json --readme README.md
   python evals/benchmarks/signatures.py --network vgg --seeds 1
 """
 
@@ -43,14 +45,14 @@ Examples:
     "--more-seeds", default=7, show_default=True, type=click.IntRange(0), help="For gaussian noise against controls."
 )
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that came out.")
+@click.option("--record", "record_path", type=click.Path(path_type=Path), help="JSON with all that comes out; grows.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
 def main(
     networks: tuple[str, ...],
     seeds: int,
     more_seeds: int,
     jobs: int,
-    json_path: Path | None,
+    record_path: Path | None,
     readme: Path | None,
 ) -> None:
     """Trains, chooses, scores, reports."""
@@ -58,28 +60,29 @@ def main(
         replace_between_markers(readme, "signatures", "")  # fails now rather than after hours
     names = corruptions()
     every, more = ([FIRST_SEED + n for n in r] for r in (range(seeds), range(seeds, seeds + more_seeds)))
+    record = Record(record_path, "weightlab", "numpy", "torch", "corrupt-tta", "mlxtend", "scikit-learn")
     found: dict[str, Any] = {}
-    with study(names, every, more, jobs, lambda text: click.echo(text, err=True)) as running:
-        running.images()
+    off: dict[str, Any] = {}
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache_folder())))
+        running = stack.enter_context(study(names, every, more, jobs, lambda text: click.echo(text, err=True)))
         for network in networks or tuple(NORMS):
-            found[network] = running.network(network)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        sizes_of = sizes(Path(folder))
-        off = {network: removal(network, every[0], found[network], Path(folder)) for network in found}
-    result = {
-        "schema_version": 1,
-        "machine": machine(cache_folder()),
-        "versions": versions("weightlab", "numpy", "torch", "corrupt-tta", "mlxtend", "scikit-learn"),
-        "seeds": every,
-        "more_seeds": more,
-        "networks": found,
-        "sizes": sizes_of,
-        "comes_off": off,
-    }
-    text = report(result)
+            found[network] = record.once(network, running.key, partial(running.network, network))
+            check = partial(removal, network, every[0], found[network], work)
+            off[network] = record.once(f"{network} comes off", running.key, check)
+        sizes_of = record.once("sizes", "", partial(sizes, work))
+    text = report(
+        {
+            **record.conditions(),
+            "seeds": every,
+            "more_seeds": more,
+            "networks": found,
+            "sizes": sizes_of,
+            "comes_off": off,
+        }
+    )
     click.echo(text)
-    if json_path:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
     if readme:
         readme.write_text(replace_between_markers(readme, "signatures", text))
 

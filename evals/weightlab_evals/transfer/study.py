@@ -1,0 +1,261 @@
+"""The study of one model and seed, step by step; what each step found is kept, so that a run goes on where it stopped.
+
+Version 2 is version 1 trained further on plays. A ladder of them lies ever further from version 1, in units of how far
+fine-tuning went: the middle one is *the* version 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import weightlab as wl
+from weightlab.files.atomic import atomic_file, atomic_folder
+from weightlab.files.digest import bytes_digest
+from weightlab_evals.lm.barrier import barrier
+from weightlab_evals.transfer import begin, controls, languages, scores, texts, training
+from weightlab_evals.transfer.begin import Model
+from weightlab_evals.transfer.languages import Language
+
+LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
+MAIN = 2.0
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+WATCHED = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80)
+CONTROLS = ("permuted", "neurons only", "never trained")
+_HELD_OUT = 128
+"""Blocks of held-out plays."""
+_POINTS = 11
+Say = Callable[[str], None]
+
+
+class Study:
+    """One model and seed.
+
+    Args:
+        packages: folders of unpacked packages by name: `model`, `news`, `plays`.
+        folder: where checkpoints and findings are kept, apart for every text of this study's code.
+        ladder: the distances to go to.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        seed: int,
+        packages: dict[str, Path],
+        folder: Path,
+        say: Say = print,
+        ladder: Sequence[float] = LADDER,
+        limit: int | None = None,
+    ) -> None:
+        self._model, self._seed, self._packages, self._say, self._ladder = model, seed, packages, say, ladder
+        self.id = study_id(model)
+        self._shared = folder / self.id
+        self._folder = self._shared / str(seed)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        parts = texts.split(texts.articles(packages["news"]), seed)
+        self._parts = texts.Split(parts.train, parts.choose[:limit], parts.test[:limit])
+        self._tasks = scores.write_tasks(self._parts, self._folder / "tasks")
+
+    def run(self) -> dict[str, Any]:
+        """Everything: the table, the ladder, the controls, the barrier, fine-tuning that goes on."""
+        chosen = self._once("scale", self._choose_scale)
+        return {
+            "scale": chosen,
+            "table": self._table(chosen["scale"]),
+            "ladder": [self._once(f"ladder {mark:g}", partial(self._rung, mark)) for mark in self._ladder],
+            "controls": {name: self._once(name, partial(self._control, name)) for name in CONTROLS},
+            "barrier": self._once("barrier", self._barrier),
+            "steps": {"v2": self._watched("from v2"), "v2 + Δ": self._watched("from the sum")},
+        }
+
+    # Checkpoints, by name: v1, tuned, v2-MARK, v2-MARK tuned.
+
+    @property
+    def _v1(self) -> Path:
+        return self._made(
+            self._shared / "v1", lambda folder: self._model.begin(package=self._packages["model"], out=folder)
+        )
+
+    @cached_property
+    def _language(self) -> Language:
+        return self._model.opened(self._v1)
+
+    def _tuned(self, base: Path, watch: str | None = None) -> Path:
+        """A base fine-tuned on topics; how well it told them meanwhile is kept under the name in `watch`."""
+        name = "tuned" if base == self._v1 else f"{base.name} tuned"
+
+        def make(folder: Path) -> None:
+            module = self._language.load(base, train=True)
+            self._tune(module, watch)
+            self._language.save(module, folder)
+
+        return self._made(self._folder / name, make)
+
+    def _tune(self, module: nn.Module, watch: str | None) -> None:
+        curve: dict[int, float] = {}
+
+        def look(step: int, network: nn.Module) -> None:
+            if watch is not None and step in WATCHED:
+                curve[step] = scores.quickly_told_right(self._language, network, self._parts.choose)
+
+        training.tune(self._language, module, self._parts.train, self._model.tune, self._seed, look)
+        if watch is not None:
+            self._once(watch, lambda: {str(step): share for step, share in curve.items()})
+
+    @cached_property
+    def _delta(self) -> wl.Patch:
+        return wl.diff(self._v1, self._tuned(self._v1), encode="dense:fp32")
+
+    def _v2(self, mark: float = MAIN) -> Path:
+        """Version 1 trained further until it is `mark` times as far as fine-tuning went."""
+        folders = [self._folder / f"v2-{m:g}" for m in self._ladder]
+        if not all(folder.exists() for folder in folders):
+            unit = _length(self._v1, self._tuned(self._v1))
+            module = self._language.load(self._v1, train=True)
+            blocks = self._language.blocks(texts.plays(self._packages["plays"])[0])
+            marks = [mark * unit for mark in self._ladder]
+            walk = training.further(self._language, module, blocks, self._model.further, marks, self._seed)
+            for folder, _ in zip(folders, walk, strict=True):
+                self._made(folder, lambda out: self._language.save(module, out))
+        return self._folder / f"v2-{mark:g}"
+
+    # What is found.
+
+    def _choose_scale(self) -> dict[str, Any]:
+        module = self._language.load(self._v2())
+        tried = {}
+        for scale in SCALES:
+            with wl.patched(module, self._delta.at(scale)):
+                tried[f"{scale:g}"] = self._told(module, "choose")
+        return {"tried": tried, "scale": float(max(tried, key=lambda s: (tried[s], -abs(float(s) - 1))))}
+
+    def _table(self, scale: float) -> dict[str, dict[str, float]]:
+        v1, v2 = self._v1, self._v2()
+        rows: dict[str, Callable[[], Path]] = {
+            "v1": lambda: v1,
+            "FT(v1)": lambda: self._tuned(v1),
+            "v2": lambda: v2,
+            "v2 + Δ": lambda: self._sum(1.0),
+            "v2 + λΔ": lambda: self._sum(scale),
+            "FT(v2)": lambda: self._tuned(v2, watch="from v2"),
+        }
+        return {name: self._once(name, partial(self._scored_when_made, folder)) for name, folder in rows.items()}
+
+    def _sum(self, scale: float) -> Path:
+        return self._made(
+            self._folder / f"v2 plus {scale:g}",
+            lambda out: wl.transfer(self._v1, self._tuned(self._v1), self._v2(), out, scale=scale),
+            whole=False,
+        )
+
+    def _scored_when_made(self, make: Callable[[], Path]) -> dict[str, float]:
+        return self._scored(make())
+
+    def _scored(self, folder: Path) -> dict[str, float]:
+        module = self._language.load(folder)
+        return {"right": self._told(module), "perplexity": scores.perplexity(self._language, module, self._held_out)}
+
+    def _rung(self, mark: float) -> dict[str, Any]:
+        base = self._v2(mark)
+        module = self._language.load(base)
+        found = {"mark": mark, **self._forecast(base), "right": self._told(module)}
+        with wl.patched(module, self._delta):
+            found["right with delta"] = self._told(module)
+        tuned = self._tuned(base, watch="from v2" if mark == MAIN else None)
+        return {**found, "right when tuned": self._told(self._language.load(tuned))}
+
+    def _control(self, name: str) -> dict[str, Any]:
+        base = self._made(self._folder / name, lambda out: self._write_control(name, out))
+        module = self._language.load(base)
+        found = {**self._forecast(base), **self._scored(base)}
+        with wl.patched(module, self._delta):
+            found["right with delta"] = self._told(module)
+        return found
+
+    def _write_control(self, name: str, out: Path) -> None:
+        v2 = self._v2()
+        module = self._language.load(v2)
+        if name == "never trained":
+            self._language.save(controls.reinitialised(module, self._seed), out)
+            return
+        self._language.save(module, out)
+        file = out / "model.safetensors"
+        what = ("neurons",) if name == "neurons only" else ("hidden", "neurons")
+        save_file(controls.permuted(load_file(file), self._seed, what), file, metadata={"format": "pt"})
+
+    def _forecast(self, target: Path) -> dict[str, Any]:
+        found = wl.connectivity(self._v1, self._tuned(self._v1), target)
+        return {"forecast": found.forecast, **{k: v for k, v in asdict(found.whole).items() if k != "layer"}}
+
+    def _barrier(self) -> dict[str, Any]:
+        tuned, target = self._tuned(self._v1), self._tuned(self._v2(), watch="from v2")
+
+        def loss(module: nn.Module) -> float:
+            return scores.answer_loss(self._language, module, self._parts.choose)
+
+        found = barrier(str(self._v1), str(tuned), str(target), loss, self._language.load(tuned), _POINTS)
+        return asdict(found)
+
+    def _watched(self, name: str) -> dict[str, float]:
+        file = self._file(name)
+        if not file.exists():
+            start = self._v2() if name == "from v2" else self._sum(1.0)
+            self._tune(self._language.load(start, train=True), name)
+        found: dict[str, float] = json.loads(file.read_text())
+        return found
+
+    # How it is kept.
+
+    @cached_property
+    def _held_out(self) -> Tensor:
+        return self._language.blocks(texts.plays(self._packages["plays"])[1])[:_HELD_OUT]
+
+    def _told(self, module: nn.Module, part: str = "test") -> float:
+        return scores.told_right(self._language, module, self._tasks, part)
+
+    def _made(self, folder: Path, make: Callable[[Path], Any], *, whole: bool = True) -> Path:
+        """A folder; made if it is not there, and whole or absent."""
+        if not folder.exists():
+            self._say(f"{self._model.title} {self._seed}: {folder.name}")
+            if not whole:
+                make(folder)  # a command of weightlab, which sees to that
+            else:
+                with atomic_folder(folder) as temporary:
+                    make(temporary)
+        return folder
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name.replace(' ', '_')}.json"
+
+    def _once(self, name: str, find: Callable[[], Any]) -> Any:
+        file = self._file(name)
+        if not file.exists():
+            found = find()
+            self._say(f"{self._model.title} {self._seed}: {name}: {json.dumps(found, ensure_ascii=False)}")
+            with atomic_file(file, overwrite=True) as temporary:
+                temporary.write_text(json.dumps(found))
+        return json.loads(file.read_text())
+
+
+def study_id(model: Model) -> str:
+    """The same for the same code, settings and torch."""
+    sources = [inspect.getsource(module) for module in (texts, languages, training, controls, scores, begin)]
+    words = [*sources, inspect.getsource(Study), repr(model.tune), repr(model.further), torch.__version__]
+    return bytes_digest("\0".join([model.title, *words]).encode())[:16]
+
+
+def _length(base: Path, tuned: Path) -> float:
+    """How far a tune went: the 2-norm over all tensors."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (base, tuned))
+    gone = sum(float((second[name].double() - first[name].double()).square().sum()) for name in first)
+    return math.sqrt(gone)
