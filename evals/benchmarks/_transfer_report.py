@@ -8,7 +8,7 @@ from typing import Any
 from _report import on as machine_words
 from _signature_outcome import interval, percent, share_of_gap
 from weightlab_evals.transfer.begin import MODELS
-from weightlab_evals.transfer.study import CONTROLS, MAIN
+from weightlab_evals.transfer.study import CONTROLS
 
 Found = Mapping[str, Any]
 TABLE = {
@@ -29,7 +29,8 @@ def report(result: Found) -> str:
     versions = result["versions"]
     lines = [
         f"On {machine_words(result['machine'])}; Python {versions['python']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, lm_eval {versions['lm_eval']}. Means over seeds, 95 % intervals (Student's t).",
+        f"transformers {versions['transformers']}, lm_eval {versions['lm_eval']}. Means over "
+        "seeds with 95 % intervals (Student's t).",
         "",
         *_table(models),
         "",
@@ -90,8 +91,10 @@ def _table(models: Mapping[str, Sequence[Found]]) -> list[str]:
 
 
 def _ladder(models: Mapping[str, Sequence[Found]]) -> list[str]:
+    rungs = next(iter(models.values()))[0]["ladder"]
+    main = rungs[len(rungs) // 2]["mark"]
     lines = [
-        f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {MAIN:g}. "
+        f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {main:g}. "
         "The ratio and the forecast are what `weightlab connectivity` says beforehand.",
         "",
         "| | ratio | forecast | v2 | v2 + Δ | FT(v2) | arrives |",
@@ -161,7 +164,7 @@ def _barriers(models: Mapping[str, Sequence[Found]]) -> list[str]:
 def _timing(found: Found) -> list[str]:
     lines = [
         "**Ten scales, one model.** Seconds to score a patch of SmolLM2 at ten scales: `weightlab eval lm`, which "
-        "loads the model once, against ten runs of lm_eval on ten written models (and the seconds that writing them took). "
+        "loads the model once, against ten runs of lm_eval on ten written models (and the seconds that writing took). "
         f"Starting lm_eval takes {found['start']:.1f} s each time, which the last column leaves out.",
         "",
         "| questions | in memory | ten runs | writing | ratio | without start-up |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,12 +156,7 @@ def _load(loader: Any, folder: Path, train: bool) -> nn.Module:
 
 
 def _save(module: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """The network goes on in fp32: its weights are copied."""
-    network: Any = module
-    state = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
-    before, network.config.dtype = network.config.dtype, dtype
-    try:
-        network.save_pretrained(folder, state_dict=state)
-    finally:
-        network.config.dtype = before
+    """The network itself goes on in fp32."""
+    copied: Any = copy.deepcopy(module)
+    copied.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

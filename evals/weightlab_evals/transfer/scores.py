@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def write_tasks(parts: Split, folder: Path) -> Path:
             "doc_to_text": PROMPT.replace("{text}", "{{text}}"),
             "doc_to_choice": list(TOPICS),
             "doc_to_target": "topic",
-            "metric_list": [{"metric": "acc"}],
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         # JSON is YAML, and says line breaks plainly.
         (folder / f"topics_{part}.yaml").write_text(json.dumps(task, indent=1))
@@ -48,17 +50,16 @@ def told_right(language: Language, module: nn.Module, tasks: Path, part: str = "
         tasks: what `write_tasks` wrote.
     """
     import lm_eval
+
+    found = lm_eval.evaluate(lm=language.lm(module, _BATCH), task_dict=_task(tasks, part), bootstrap_iters=0)
+    return float(found["results"][f"topics_{part}"]["acc,none"])
+
+
+@lru_cache(maxsize=4)
+def _task(tasks: Path, part: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    name = f"topics_{part}"
-    results = lm_eval.simple_evaluate(
-        model=language.lm(module, _BATCH),
-        tasks=[name],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    return float(results["results"][name]["acc,none"])
+    return TaskManager(include_path=str(tasks), include_defaults=False).load([f"topics_{part}"])
 
 
 def quickly_told_right(language: Language, module: nn.Module, shown: Sequence[Article]) -> float:

@@ -28,7 +28,7 @@ from weightlab_evals.transfer.begin import Model
 from weightlab_evals.transfer.languages import Language
 
 LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
-MAIN = 2.0
+"""The one in the middle is version 2 in the table."""
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 WATCHED = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80)
 CONTROLS = ("permuted", "neurons only", "never trained")
@@ -44,7 +44,7 @@ class Study:
     Args:
         packages: folders of unpacked packages by name: `model`, `news`, `plays`.
         folder: where checkpoints and findings are kept, apart for every text of this study's code.
-        ladder: the distances to go to.
+        ladder: the distances to go to; the one in the middle is version 2.
         limit: only so many articles to choose by and to test with.
 
     Attributes:
@@ -62,7 +62,8 @@ class Study:
         ladder: Sequence[float] = LADDER,
         limit: int | None = None,
     ) -> None:
-        self._model, self._seed, self._packages, self._say, self._ladder = model, seed, packages, say, ladder
+        self._model, self._seed, self._packages, self._say = model, seed, packages, say
+        self._ladder, self._main = ladder, ladder[len(ladder) // 2]
         self.id = study_id(model)
         self._shared = folder / self.id
         self._folder = self._shared / str(seed)
@@ -125,8 +126,8 @@ class Study:
     def _delta(self) -> wl.Patch:
         return wl.diff(self._v1, self._tuned(self._v1), encode="dense:fp32")
 
-    def _v2(self, mark: float = MAIN) -> Path:
-        """Version 1 trained further until it is `mark` times as far as fine-tuning went."""
+    def _v2(self, mark: float | None = None) -> Path:
+        """Version 1 trained further until it is `mark` (the middle one) times as far as fine-tuning went."""
         folders = [self._folder / f"v2-{m:g}" for m in self._ladder]
         if not all(folder.exists() for folder in folders):
             unit = _length(self._v1, self._tuned(self._v1))
@@ -136,7 +137,7 @@ class Study:
             walk = training.further(self._language, module, blocks, self._model.further, marks, self._seed)
             for folder, _ in zip(folders, walk, strict=True):
                 self._made(folder, lambda out: self._language.save(module, out))
-        return self._folder / f"v2-{mark:g}"
+        return self._folder / f"v2-{self._main if mark is None else mark:g}"
 
     # What is found.
 
@@ -180,7 +181,7 @@ class Study:
         found = {"mark": mark, **self._forecast(base), "right": self._told(module)}
         with wl.patched(module, self._delta):
             found["right with delta"] = self._told(module)
-        tuned = self._tuned(base, watch="from v2" if mark == MAIN else None)
+        tuned = self._tuned(base, watch="from v2" if mark == self._main else None)
         return {**found, "right when tuned": self._told(self._language.load(tuned))}
 
     def _control(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Training of the study's language models: weights in fp32, products in bf16, a constant rate after a short rise."""
+"""Training of the study's language models: weights in fp32, products in bf16, a constant rate after a short rise.
+
+Without dropout, so that what comes out depends on nothing but the seed.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,9 @@ def tune(
     for step, places in enumerate(_batches(len(shown), recipe, seed), 1):
         batch = [shown[place] for place in places]
         asked = right[torch.tensor([article.topic for article in batch])]
-        module.train()
         with mixed():
             loss = functional.nll_loss(language.answers(module, batch), asked)
         _step(loss, optimizer, schedule)
-        module.eval()
         watch(step, module)
 
 
@@ -75,11 +76,9 @@ def further(
     optimizer, schedule = _optimizer(module, recipe)
     left, gone = list(marks), 0.0
     for step, places in enumerate(_batches(len(blocks), recipe, seed), 1):
-        module.train()
         with mixed():
             loss = language.text_loss(module, blocks[places], seed * 100_003 + step)
         _step(loss, optimizer, schedule)
-        module.eval()
         if step % _LOOK == 0:
             gone = sum(float((p.detach() - b).square().sum()) for p, b in zip(module.parameters(), begin, strict=True))
             while left and gone**0.5 >= left[0]:
