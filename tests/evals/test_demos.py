@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from weightlab_cli.main import run
-from weightlab_evals.demos import DEMOS, signature
+from weightlab_evals.demos import DEMOS, signature, transfer
 from weightlab_evals.signatures.training import Recipe
 
 from tests.evals.images.machine import with_corruptions
@@ -27,8 +29,44 @@ def test_signatures_from_training_to_removal(
     assert (kept / "model" / "model.safetensors").read_bytes() == (kept / "clean.safetensors").read_bytes()
 
 
+@pytest.mark.filterwarnings("default")  # lm_eval and datasets warn of themselves
+def test_a_transfer_from_training_to_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is in the extra lm")
+    from weightlab_evals.transfer import begin
+
+    from tests.evals.transfer.machine import SMALL, packages
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setitem(begin.MODELS, "smollm2", SMALL["causal"])
+    monkeypatch.setattr(transfer, "QUESTIONS", 20)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, folder in packages(tmp_path / "packages").items():
+        requirement = transfer.PACKAGES[name][0].replace("==", "-")
+        if name == "plays":
+            with tarfile.open(data / f"{requirement}.tar.gz", "w:gz") as archive:
+                archive.add(folder, requirement)
+        else:
+            shutil.make_archive(str(data / "wheel"), "zip", folder if name == "news" else data)
+            (data / "wheel.zip").rename(data / f"{requirement.replace('llm-', 'llm_')}-py3-none-any.whl")
+    picture, kept = tmp_path / "picture.png", tmp_path / "kept"
+    assert run(["demo", "transfer", "--data", str(data), "--picture", str(picture), "--keep", str(kept)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("$ weightlab") == 7 and "unrelated" in printed
+    assert picture.stat().st_size > 5_000
+    assert (kept / "v2-tuned" / "model.safetensors").is_file()
+
+
+def test_all_that_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "transfer", "--data", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.count("pip download") == 3
+
+
 def test_an_unknown_one_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert DEMOS.names() == ["patch", "signature"]
+    assert DEMOS.names() == ["patch", "signature", "transfer"]
     assert run(["demo", "signatur"]) == 2
     assert "signature" in capsys.readouterr().err
 

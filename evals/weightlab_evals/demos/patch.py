@@ -12,10 +12,11 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from weightlab.errors import MissingInputError, WeightlabError
+from weightlab.errors import WeightlabError
 from weightlab_evals.demos import Steps
+from weightlab_evals.demos._packages import archives
 
-PACKAGE = "chgnet==0.4.2"
+PACKAGE = ("chgnet==0.4.2", "14 MB")
 ENCODINGS = (
     "exact",
     "dense",
@@ -31,10 +32,10 @@ _MEMBERS = {"0.3.0": "chgnet/pretrained/0.3.0/", "r2scan": "chgnet/pretrained/r2
 
 class _PatchDemo:
     def check(self, data: Path) -> None:
-        _wheel(data)
+        archives(data, [PACKAGE])
 
     def run(self, data: Path, picture: Path, steps: Steps) -> None:
-        wheel = _wheel(data)
+        (wheel,) = archives(data, [PACKAGE])
         steps.say("The pair: CHGNet 0.3.0 and r2scan, which was fine-tuned from it. Both become safetensors.")
         for version, prefix in _MEMBERS.items():
             _extract(wheel, prefix, Path(f"{version}.pth.tar"))
@@ -78,15 +79,6 @@ class _PatchDemo:
             steps("inspect", "exact.safetensors", "--base", "model", "--plot", "picture.png")
             shutil.copyfile("picture.png", picture)
             steps.say(f"The picture is {picture}.")
-
-
-def _wheel(data: Path) -> Path:
-    found = sorted(data.glob("chgnet-0.4.2-*.whl")) if data.is_dir() else []
-    if not found:
-        raise MissingInputError(
-            f"{data}: the wheel of {PACKAGE} is not there", f"pip download --no-deps -d {data} {PACKAGE} (14 MB)"
-        )
-    return found[0]
 
 
 def _extract(wheel: Path, prefix: str, target: Path) -> None:
