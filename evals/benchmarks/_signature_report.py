@@ -42,11 +42,15 @@ def report(result: Found) -> str:
         lines.append(f"- {TITLES[network]}: {_choice(found)}")
     for title, only in (("Gaussian noise", ["gaussian_noise"]), ("Mean over all 19 corruptions", None)):
         lines += ["", f"**{title}**, severity 5", "", *_by_method(result["networks"], only)]
-    lines += ["", "**Every corruption**", "", *_by_corruption(result["networks"])]
-    lines += ["", "**The paper's claims, and what was found here**", ""]
-    for claim, told in claims(result).items():
-        lines += [f"- *{claim}*", *(f"  - {each}" for each in told)]
+    lines += ["", *_folded("Every corruption", _by_corruption(result["networks"]))]
+    told = [line for claim, every in claims(result).items() for line in (f"- *{claim}*", *(f"  - {e}" for e in every))]
+    lines += ["", *_folded("The paper's claims and observations, and what was found here", told)]
     return "\n".join(lines)
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    """Shown by GitHub when it is clicked on."""
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>"]
 
 
 def _choice(found: Found) -> str:

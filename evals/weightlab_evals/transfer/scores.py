@@ -17,15 +17,16 @@ from weightlab_evals.transfer.texts import TOPICS, Article, Split
 from weightlab_evals.transfer.training import mixed
 
 _BATCH = 32
-PARTS = ("choose", "test")
+FEW = 400
+"""Articles of the test part that the many models of a ladder are scored on."""
 
 
 def write_tasks(parts: Split, folder: Path) -> Path:
-    """Two multiple-choice tasks for lm_eval, `topics_choose` and `topics_test`, with their data beside them."""
+    """Multiple-choice tasks for lm_eval, with their data beside them: `topics_choose`, `topics_test`, `topics_few`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
+    for part, shown in {"choose": parts.choose, "test": parts.test, "few": parts.test[:FEW]}.items():
         data = folder / f"{part}.json"
-        rows = [{"text": article.text, "topic": article.topic} for article in getattr(parts, part)]
+        rows = [{"text": article.text, "topic": article.topic} for article in shown]
         data.write_text(json.dumps(rows))
         task = {
             "task": f"topics_{part}",

@@ -178,18 +178,19 @@ class Study:
     def _rung(self, mark: float) -> dict[str, Any]:
         base = self._v2(mark)
         module = self._language.load(base)
-        found = {"mark": mark, **self._forecast(base), "right": self._told(module)}
+        found = {"mark": mark, **self._forecast(base), "right": self._told(module, "few")}
         with wl.patched(module, self._delta):
-            found["right with delta"] = self._told(module)
+            found["right with delta"] = self._told(module, "few")
         tuned = self._tuned(base, watch="from v2" if mark == self._main else None)
-        return {**found, "right when tuned": self._told(self._language.load(tuned))}
+        return {**found, "right when tuned": self._told(self._language.load(tuned), "few")}
 
     def _control(self, name: str) -> dict[str, Any]:
         base = self._made(self._folder / name, lambda out: self._write_control(name, out))
         module = self._language.load(base)
-        found = {**self._forecast(base), **self._scored(base)}
+        found = {**self._forecast(base), "right": self._told(module, "few")}
+        found["perplexity"] = scores.perplexity(self._language, module, self._held_out)
         with wl.patched(module, self._delta):
-            found["right with delta"] = self._told(module)
+            found["right with delta"] = self._told(module, "few")
         return found
 
     def _write_control(self, name: str, out: Path) -> None:
