@@ -95,7 +95,7 @@ def _ladder(models: Mapping[str, Sequence[Found]]) -> list[str]:
     main = rungs[len(rungs) // 2]["mark"]
     lines = [
         f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {main:g}. "
-        "The ratio and the forecast are what `weightlab connectivity` says beforehand. Topics told, in % of 400 articles.",
+        "The ratio and the forecast are what `weightlab connectivity` says beforehand. Topics told, in % of 400.",
         "",
         "| | ratio | forecast | v2 | v2 + Δ | FT(v2) | arrives |",
         "|---|---:|---|---:|---:|---:|---:|",
