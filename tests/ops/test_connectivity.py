@@ -12,6 +12,7 @@ from torch import Tensor
 
 import weightlab as wl
 from weightlab.errors import NamesMismatchError
+from weightlab.ops.connectivity import Connectivity
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -57,6 +58,24 @@ def test_three_forecasts() -> None:
     assert wl.connectivity(base, tuned, permuted).forecast == "unrelated"
     nothing = wl.connectivity(base, base, tuned)
     assert nothing.whole.ratio is None and nothing.forecast == "far" and math.isfinite(nothing.whole.cosine)
+
+
+def test_a_part_that_is_unrelated() -> None:
+    base = {f"layers.{n}.weight": random(40, 40, seed=n) for n in range(4)}
+    change = {name: 0.01 * random(40, 40, seed=9 + n) for n, name in enumerate(base)}
+
+    def found(parts: int, strength: float = 1.0) -> Connectivity:
+        """`parts` of the four matrices have their rows in another order; the tune is that much stronger in them."""
+        other = {name: t[torch.randperm(40)] if n < parts else t for n, (name, t) in enumerate(base.items())}
+        tuned = {name: t + (strength if n < parts else 1.0) * change[name] for n, (name, t) in enumerate(base.items())}
+        return wl.connectivity(base, tuned, other)
+
+    assert [found(n).forecast for n in (0, 1, 3, 4)] == ["near", "far", "unrelated", "unrelated"]
+    assert found(1).lost == pytest.approx(0.25, abs=0.02) and "unrelated where 2" in found(1).words
+    mostly = found(1, strength=4.0)  # the bases are alike as a whole, but not where the tune is
+    assert mostly.whole.cosine > 0.7 and mostly.lost > 0.8 and mostly.forecast == "unrelated"
+    assert "of the tune is" in mostly.words and "cosine" in found(4).words
+    assert found(1, strength=0.01).forecast == "far"  # by the ratio
 
 
 def test_real_networks_know_their_own_base(torchani_pairs: list[tuple[Path, Path]], tmp_path: Path) -> None:

@@ -28,7 +28,11 @@ from weightlab.tensors.select import select
 
 Forecast = Literal["near", "far", "unrelated"]
 UNRELATED = 0.5
-"""Below this cosine the matrices of two bases share no training: other seeds, or the same neurons in another order."""
+"""Below this cosine a matrix of two bases shares no training: other seeds, or the same neurons in another order."""
+LOST = 0.5
+"""Where more than this share of a tune is in such matrices, it will not work."""
+PARTLY_LOST = 0.1
+"""Where more than this share is, less of it arrives."""
 FAR = 4.0
 """Beyond this ratio of the bases' distance to the tune's, less than half of a tune arrives (`evals/benchmarks`)."""
 
@@ -60,6 +64,7 @@ class Connectivity:
     Attributes:
         whole: over all matrices, where there are any: vectors, such as the weights of norms, are alike in any models.
         layers: likewise, in their order.
+        lost: the share of the tune, ‖Δ‖² over matrices, that is in matrices in which the bases are unrelated.
         left_out: embeddings whose rows are numbered otherwise in the target.
     """
 
@@ -69,17 +74,23 @@ class Connectivity:
     forecast: Forecast
     whole: Link
     layers: list[Link]
+    lost: float = 0.0
     left_out: list[str] = field(default_factory=list)
 
     @property
     def words(self) -> str:
         """The forecast in a sentence."""
-        ratio = "" if self.whole.ratio is None else f"{self.whole.ratio:.2g} times as far as the tune went"
-        return {
-            "unrelated": f"the bases are unrelated (cosine {self.whole.cosine:.2f}): the tune will not work there",
-            "far": f"the target lies {ratio}: less of the tune will arrive, and it should be scored",
-            "near": f"the target lies {ratio}: most of the tune should arrive",
-        }[self.forecast]
+        if self.forecast == "unrelated":
+            where = f"where {self.lost:.0%} of the tune is" if self.lost < 0.995 else f"cosine {self.whole.cosine:.2f}"
+            return f"the bases are unrelated ({where}): the tune will not work there"
+        if self.whole.ratio is None:
+            return "the tune changed nothing"
+        said = f"the target lies {self.whole.ratio:.2g} times as far as the tune went"
+        if self.lost > PARTLY_LOST:
+            said += f", and is unrelated where {self.lost:.0%} of the tune is"
+        if self.forecast == "far":
+            return f"{said}: less of the tune will arrive, and it should be scored"
+        return f"{said}: most of the tune should arrive"
 
 
 def connectivity(
@@ -122,14 +133,17 @@ def connectivity(
     layers: dict[str, list[str]] = {}
     for name in sorted(chosen, key=natural_key):
         layers.setdefault(unit_of(name), []).append(name)
+    changed = sum(products[name][1, 1] for name in chosen)
+    unrelated = sum(products[name][1, 1] for name in chosen if _link(name, products[name]).cosine < UNRELATED)
+    lost = float(unrelated / changed) if changed else 0.0
     forecast: Forecast = "near"
-    if whole.cosine < UNRELATED:
+    if whole.cosine < UNRELATED or lost > LOST:
         forecast = "unrelated"
-    elif whole.ratio is None or whole.ratio > FAR:
+    elif whole.ratio is None or whole.ratio > FAR or lost > PARTLY_LOST:
         forecast = "far"
     rows = [_link(layer, joined(products, members)) for layer, members in layers.items()]
     labels = [source.label for source in (base, tuned, target)]
-    return Connectivity(labels[0], labels[1], labels[2], forecast, whole, rows, left)
+    return Connectivity(labels[0], labels[1], labels[2], forecast, whole, rows, lost, left)
 
 
 def _link(layer: str, both: Gram) -> Link:
