@@ -8,7 +8,7 @@ from typing import Any
 from _report import on as machine_words
 from _signature_outcome import interval, percent, share_of_gap
 from weightlab_evals.transfer.begin import MODELS
-from weightlab_evals.transfer.study import CONTROLS
+from weightlab_evals.transfer.study import CONTROLS, MAIN
 
 Found = Mapping[str, Any]
 TABLE = {
@@ -91,10 +91,8 @@ def _table(models: Mapping[str, Sequence[Found]]) -> list[str]:
 
 
 def _ladder(models: Mapping[str, Sequence[Found]]) -> list[str]:
-    rungs = next(iter(models.values()))[0]["ladder"]
-    main = rungs[len(rungs) // 2]["mark"]
     lines = [
-        f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {main:g}. "
+        f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {MAIN:g}. "
         "The ratio and the forecast are what `weightlab connectivity` says beforehand. Topics told, in % of 400.",
         "",
         "| | ratio | forecast | v2 | v2 + Δ | FT(v2) | arrives |",

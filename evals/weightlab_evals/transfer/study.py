@@ -1,7 +1,7 @@
 """The study of one model and seed, step by step; what each step found is kept, so that a run goes on where it stopped.
 
 Version 2 is version 1 trained further on plays. A ladder of them lies ever further from version 1, in units of how far
-fine-tuning went: the middle one is *the* version 2.
+fine-tuning went; the one twice as far is *the* version 2.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from weightlab_evals.transfer import begin, controls, languages, scores, texts, 
 from weightlab_evals.transfer.begin import Model
 from weightlab_evals.transfer.languages import Language
 
-LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""The one in the middle is version 2 in the table."""
+MAIN = 2.0
+"""The rung of the ladder that is version 2 in the table."""
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 WATCHED = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80)
 CONTROLS = ("permuted", "neurons only", "never trained")
@@ -44,7 +44,7 @@ class Study:
     Args:
         packages: folders of unpacked packages by name: `model`, `news`, `plays`.
         folder: where checkpoints and findings are kept, apart for every text of this study's code.
-        ladder: the distances to go to; the one in the middle is version 2.
+        main: the rung that is version 2.
         limit: only so many articles to choose by and to test with.
 
     Attributes:
@@ -59,11 +59,11 @@ class Study:
         packages: dict[str, Path],
         folder: Path,
         say: Say = print,
-        ladder: Sequence[float] = LADDER,
+        main: float = MAIN,
         limit: int | None = None,
     ) -> None:
         self._model, self._seed, self._packages, self._say = model, seed, packages, say
-        self._ladder, self._main = ladder, ladder[len(ladder) // 2]
+        self._main = main
         self.id = study_id(model)
         self._shared = folder / self.id
         self._folder = self._shared / str(seed)
@@ -78,7 +78,7 @@ class Study:
         return {
             "scale": chosen,
             "table": self._table(chosen["scale"]),
-            "ladder": [self._once(f"ladder {mark:g}", partial(self._rung, mark)) for mark in self._ladder],
+            "ladder": [self._once(f"ladder {mark:g}", partial(self._rung, mark)) for mark in self._model.ladder],
             "controls": {name: self._once(name, partial(self._control, name)) for name in CONTROLS},
             "barrier": self._once("barrier", self._barrier),
             "steps": {"v2": self._watched("from v2"), "v2 + Δ": self._watched("from the sum")},
@@ -128,12 +128,12 @@ class Study:
 
     def _v2(self, mark: float | None = None) -> Path:
         """Version 1 trained further until it is `mark` (the middle one) times as far as fine-tuning went."""
-        folders = [self._folder / f"v2-{m:g}" for m in self._ladder]
+        folders = [self._folder / f"v2-{m:g}" for m in self._model.ladder]
         if not all(folder.exists() for folder in folders):
             unit = _length(self._v1, self._tuned(self._v1))
             module = self._language.load(self._v1, train=True)
             blocks = self._language.blocks(texts.plays(self._packages["plays"])[0])
-            marks = [mark * unit for mark in self._ladder]
+            marks = [mark * unit for mark in self._model.ladder]
             walk = training.further(self._language, module, blocks, self._model.further, marks, self._seed)
             for folder, _ in zip(folders, walk, strict=True):
                 self._made(folder, lambda out: self._language.save(module, out))
@@ -261,7 +261,7 @@ class Study:
 def study_id(model: Model) -> str:
     """The same for the same code, settings and torch."""
     sources = [inspect.getsource(module) for module in (texts, languages, training, controls, scores, begin)]
-    words = [*sources, inspect.getsource(Study), repr(model.tune), repr(model.further), torch.__version__]
+    words = [*sources, inspect.getsource(Study), repr((model.tune, model.further, model.ladder)), torch.__version__]
     return bytes_digest("\0".join([model.title, *words]).encode())[:16]
 
 

@@ -18,8 +18,6 @@ from weightlab_evals.transfer.languages import Language
 from weightlab_evals.transfer.texts import Article
 
 _RISE = 5
-_LOOK = 4
-"""How often the distance is measured, in steps."""
 Watch = Callable[[int, nn.Module], None]
 
 
@@ -79,14 +77,15 @@ def further(
         with mixed():
             loss = language.text_loss(module, blocks[places], seed * 100_003 + step)
         _step(loss, optimizer, schedule)
-        if step % _LOOK == 0:
+        if left:
             gone = sum(float((p.detach() - b).square().sum()) for p, b in zip(module.parameters(), begin, strict=True))
-            while left and gone**0.5 >= left[0]:
-                yield left.pop(0)
+            gone **= 0.5
+        while left and gone >= left[0]:
+            yield left.pop(0)
         if marks and not left:
             return
     if left:
-        raise RuntimeError(f"{recipe.steps} steps came {gone**0.5:.3g} far, not {left[0]:.3g}")
+        raise RuntimeError(f"{recipe.steps} steps came {gone:.3g} far, not {left[0]:.3g}")
 
 
 def mixed() -> AbstractContextManager[Any]:

@@ -89,7 +89,8 @@ def tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+LADDER = (0.01, 0.05, 0.2)
 SMALL = {
-    "causal": Model("Llama", "none", causal, Causal, Recipe(2e-3, 80, 16), Recipe(1e-3, 2000, 16)),
-    "masked": Model("BERT", "none", masked, Masked, Recipe(6e-3, 80, 16), Recipe(1e-3, 2000, 16)),
+    "causal": Model("Llama", "none", causal, Causal, Recipe(2e-3, 80, 16), Recipe(1e-3, 2000, 16), LADDER),
+    "masked": Model("BERT", "none", masked, Masked, Recipe(6e-3, 80, 16), Recipe(1e-3, 2000, 16), LADDER),
 }

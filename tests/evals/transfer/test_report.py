@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from _transfer_report import arrived, first_there, kept, report
-from weightlab_evals.transfer.study import CONTROLS, LADDER
+from weightlab_evals.transfer.study import CONTROLS
+
+LADDER = (1.0, 2.0, 4.0)
 
 
 def seed(shift: float = 0.0) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_a_whole_study(tmp_path: Path, data: dict[str, Path], kind: str) -> None
     said: list[str] = []
 
     def study() -> Study:
-        return Study(SMALL[kind], 3, data, tmp_path, said.append, ladder=(0.01, 0.05, 0.2), limit=60)
+        return Study(SMALL[kind], 3, data, tmp_path, said.append, main=0.05, limit=60)
 
     found = study().run()
     table = found["table"]
