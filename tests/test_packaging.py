@@ -33,7 +33,7 @@ class Built(NamedTuple):
 # Used where the user has it, and no extra asks for it: its torchvision is made for one torch each.
 BROUGHT = {"timm"}
 # A subclass of an extra's class; only imported where that extra is asked for.
-ON_REQUEST = {"weightlab_evals/lm/model.py"}
+ON_REQUEST = {"weightlab_evals/lm/model.py", "weightlab_evals/transfer/gaps.py"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_the_sdist_can_be_tested(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     tests = {path.relative_to(built.tree).as_posix() for path in (built.tree / "tests").rglob("*.py")}
-    assert inside >= tests | {"LICENSE", "Makefile", "constraints.txt", ".ci/run", "evals/benchmarks/engine.py"}
+    assert inside >= tests | {"LICENSE", "Makefile", "constraints.txt", ".ci/run", "evals/benchmarks/engine.py"} | {
+        path.relative_to(built.tree).as_posix() for path in (built.tree / "manifests").rglob("*.yaml")
+    }
 
 
 def test_the_metadata(built: Built) -> None:

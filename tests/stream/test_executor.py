@@ -120,7 +120,8 @@ def test_progress_adds_up() -> None:
 
 def test_a_signal_ends_it_promptly() -> None:
     code = (
-        "import threading, time\nfrom weightlab.stream.executor import Resources, run\n"
+        "import signal, threading, time\nfrom weightlab.stream.executor import Resources, run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background has it ignored
         "def work(task, workspace):\n    print(task, flush=True)\n    time.sleep(0.05)\n"
         "try:\n    run(range(10**9), work, Resources(threads=2))\n"
         "except KeyboardInterrupt:\n    print('stopped', threading.active_count(), flush=True)\n"
