@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from _report import on as machine_words
 from _signature_outcome import interval, percent, share_of_gap
 from weightlab_evals.transfer.begin import MODELS
 from weightlab_evals.transfer.study import CONTROLS, MAIN
+
+from weightlab.ops.connectivity import Link, forecast_of
 
 Found = Mapping[str, Any]
 TABLE = {
@@ -191,4 +194,5 @@ def _number(mean: float, half: float) -> str:
 
 
 def _forecasts(every: Sequence[Found]) -> str:
-    return ", ".join(dict.fromkeys(each["forecast"] for each in every))
+    links = [(Link(*(each[field.name] for field in fields(Link))), each["lost"]) for each in every]
+    return ", ".join(dict.fromkeys(forecast_of(link, lost) for link, lost in links))

@@ -136,14 +136,22 @@ def connectivity(
     changed = sum(products[name][1, 1] for name in chosen)
     unrelated = sum(products[name][1, 1] for name in chosen if _link(name, products[name]).cosine < UNRELATED)
     lost = float(unrelated / changed) if changed else 0.0
-    forecast: Forecast = "near"
-    if whole.cosine < UNRELATED or lost > LOST:
-        forecast = "unrelated"
-    elif whole.ratio is None or whole.ratio > FAR or lost > PARTLY_LOST:
-        forecast = "far"
     rows = [_link(layer, joined(products, members)) for layer, members in layers.items()]
     labels = [source.label for source in (base, tuned, target)]
-    return Connectivity(labels[0], labels[1], labels[2], forecast, whole, rows, lost, left)
+    return Connectivity(labels[0], labels[1], labels[2], forecast_of(whole, lost), whole, rows, lost, left)
+
+
+def forecast_of(whole: Link, lost: float) -> Forecast:
+    """What is expected, from these numbers.
+
+    Args:
+        lost: as in `Connectivity`.
+    """
+    if whole.cosine < UNRELATED or lost > LOST:
+        return "unrelated"
+    if whole.ratio is None or whole.ratio > FAR or lost > PARTLY_LOST:
+        return "far"
+    return "near"
 
 
 def _link(layer: str, both: Gram) -> Link:

@@ -206,7 +206,7 @@ class Study:
 
     def _forecast(self, target: Path) -> dict[str, Any]:
         found = wl.connectivity(self._v1, self._tuned(self._v1), target)
-        return {"forecast": found.forecast, **{k: v for k, v in asdict(found.whole).items() if k != "layer"}}
+        return {"lost": found.lost, **asdict(found.whole)}
 
     def _barrier(self) -> dict[str, Any]:
         tuned, target = self._tuned(self._v1), self._tuned(self._v2(), watch="from v2")

@@ -16,9 +16,9 @@ def seed(shift: float = 0.0) -> dict[str, Any]:
     """v2 + Δ closes three quarters of the gap and keeps half of the gain."""
     right = {"v1": 0.5, "FT(v1)": 0.9, "v2": 0.5, "v2 + Δ": 0.8, "v2 + λΔ": 0.85, "FT(v2)": 0.9}
     nats = {"v1": 4.0, "FT(v1)": 4.1, "v2": 3.0, "v2 + Δ": 3.5, "v2 + λΔ": 3.6, "FT(v2)": 3.2}
-    forecast = {"forecast": "near", "ratio": 2.0, "cosine": 0.9, "distance": 0.2, "change": 0.1, "along": 0.0}
+    forecast = {"layer": "all", "lost": 0.0, "ratio": 2.0, "cosine": 0.9, "distance": 0.2, "change": 0.1, "along": 0.0}
     rung = {**forecast, "right": 0.5, "right with delta": 0.8, "right when tuned": 0.9}
-    control = {**forecast, "forecast": "unrelated", "perplexity": 20.0, "right": 0.5, "right with delta": 0.5}
+    control = {**forecast, "lost": 0.9, "perplexity": 20.0, "right": 0.5, "right with delta": 0.5}
     return {
         "scale": {"scale": 1.25, "tried": {}},
         "table": {name: {"right": right[name] + shift, "perplexity": math.exp(nats[name])} for name in right},
@@ -50,6 +50,7 @@ def test_what_is_told() -> None:
     assert "| 75.0 ± 0.0 % | 50.0 ± 0.0 % | 75.0 % | 50.0 % |" in text
     assert "SmolLM2-135M: 1.25, 1.25; MiniLM: 1.25." in text
     assert text.count("| SmolLM2-135M, ") == 2 + len(LADDER) + len(CONTROLS) + 2
+    assert text.count("| unrelated |") == 2 * len(CONTROLS) and text.count("| near |") == 2 * len(LADDER)
     assert "| 50 | 40 | 200 | 5 | 0.20 | 0.30 |" in text and "same scores" in text
     # Without timing, and where the scores differ.
     assert "Ten scales" not in report({"machine": machine, "versions": versions, "models": models})
