@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from _environment import cache_folder, machine, versions
 
 from weightlab.files.atomic import atomic_file
+from weightlab.files.digest import bytes_digest
 
 SCHEMA = 1
+
+
+def source_id(*modules: ModuleType) -> str:
+    """The same for the same text of these modules: a key for what they find."""
+    return bytes_digest("\0".join(map(inspect.getsource, modules)).encode())[:32]
 
 
 class Record:

