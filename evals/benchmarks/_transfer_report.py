@@ -134,12 +134,12 @@ def _controls(models: Mapping[str, Sequence[Found]]) -> list[str]:
 
 def _steps(models: Mapping[str, Sequence[Found]]) -> list[str]:
     lines = [
-        "**Fine-tuning from there.** Topics told, in % of 300 articles, after so many steps at the same constant rate:",
+        "**Fine-tuning from there.** Topics told, in % of 300 articles, after so many steps at one constant rate:",
         "",
     ]
     steps = sorted(int(s) for s in next(iter(models.values()))[0]["steps"]["v2"])
     lines += [
-        f"| from | {' | '.join(map(str, steps))} | as good as FT(v2) at step |",
+        f"| from | {' | '.join(map(str, steps))} | as good at step |",
         f"|---|{'---:|' * len(steps)}---|",
     ]
     for name, seeds in models.items():
@@ -148,7 +148,7 @@ def _steps(models: Mapping[str, Sequence[Found]]) -> list[str]:
             there = [first_there(seed)[start] for seed in seeds]
             told = ", ".join("never" if step is None else str(step) for step in there)
             lines.append(f"| {MODELS[name].title}, {start} | {' | '.join(f'{100 * m:.1f}' for m in means)} | {told} |")
-    return [*lines, "", f"As good: no more than {100 * SLACK:g} point below where FT(v2) ends; one number a seed."]
+    return [*lines, "", f"As good: at most {100 * SLACK:g} point below where the one from v2 ends; one number a seed."]
 
 
 def _barriers(models: Mapping[str, Sequence[Found]]) -> list[str]:

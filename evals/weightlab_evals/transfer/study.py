@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ from weightlab_evals.transfer import begin, controls, languages, scores, texts, 
 from weightlab_evals.transfer.begin import Model
 from weightlab_evals.transfer.languages import Language
 
-MAIN = 2.0
-"""The rung of the ladder that is version 2 in the table."""
+LADDER, MAIN = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0), 2.0
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 WATCHED = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80)
 CONTROLS = ("permuted", "neurons only", "never trained")
@@ -44,7 +44,8 @@ class Study:
     Args:
         packages: folders of unpacked packages by name: `model`, `news`, `plays`.
         folder: where checkpoints and findings are kept, apart for every text of this study's code.
-        main: the rung that is version 2.
+        ladder: how far version 2 is from version 1, in units of how far fine-tuning went; rising.
+        main: the one of them that is version 2 in the table.
         limit: only so many articles to choose by and to test with.
 
     Attributes:
@@ -59,11 +60,12 @@ class Study:
         packages: dict[str, Path],
         folder: Path,
         say: Say = print,
+        ladder: Sequence[float] = LADDER,
         main: float = MAIN,
         limit: int | None = None,
     ) -> None:
         self._model, self._seed, self._packages, self._say = model, seed, packages, say
-        self._main = main
+        self._ladder, self._main = ladder, main
         self.id = study_id(model)
         self._shared = folder / self.id
         self._folder = self._shared / str(seed)
@@ -78,10 +80,13 @@ class Study:
         return {
             "scale": chosen,
             "table": self._table(chosen["scale"]),
-            "ladder": [self._once(f"ladder {mark:g}", partial(self._rung, mark)) for mark in self._model.ladder],
+            "ladder": [self._once(f"ladder {mark:g}", partial(self._rung, mark)) for mark in self._ladder],
             "controls": {name: self._once(name, partial(self._control, name)) for name in CONTROLS},
             "barrier": self._once("barrier", self._barrier),
-            "steps": {"v2": self._watched("from v2"), "v2 + Δ": self._watched("from the sum")},
+            "steps": {
+                "v2": self._once("from v2", lambda: self._watched(self._v2())),
+                "v2 + Δ": self._once("from the sum", lambda: self._watched(self._sum(1.0))),
+            },
         }
 
     def pair(self) -> tuple[Path, Path]:
@@ -100,27 +105,16 @@ class Study:
     def _language(self) -> Language:
         return self._model.opened(self._v1)
 
-    def _tuned(self, base: Path, watch: str | None = None) -> Path:
-        """A base fine-tuned on topics; how well it told them meanwhile is kept under the name in `watch`."""
+    def _tuned(self, base: Path) -> Path:
+        """A base fine-tuned on topics."""
         name = "tuned" if base == self._v1 else f"{base.name} tuned"
 
         def make(folder: Path) -> None:
             module = self._language.load(base, train=True)
-            self._tune(module, watch)
+            training.tune(self._language, module, self._parts.train, self._model.tune, self._seed)
             self._language.save(module, folder)
 
         return self._made(self._folder / name, make)
-
-    def _tune(self, module: nn.Module, watch: str | None) -> None:
-        curve: dict[int, float] = {}
-
-        def look(step: int, network: nn.Module) -> None:
-            if watch is not None and step in WATCHED:
-                curve[step] = scores.quickly_told_right(self._language, network, self._parts.choose)
-
-        training.tune(self._language, module, self._parts.train, self._model.tune, self._seed, look)
-        if watch is not None:
-            self._once(watch, lambda: {str(step): share for step, share in curve.items()})
 
     @cached_property
     def _delta(self) -> wl.Patch:
@@ -128,12 +122,12 @@ class Study:
 
     def _v2(self, mark: float | None = None) -> Path:
         """Version 1 trained further until it is `mark` (the middle one) times as far as fine-tuning went."""
-        folders = [self._folder / f"v2-{m:g}" for m in self._model.ladder]
+        folders = [self._folder / f"v2-{m:g}" for m in self._ladder]
         if not all(folder.exists() for folder in folders):
             unit = _length(self._v1, self._tuned(self._v1))
             module = self._language.load(self._v1, train=True)
             blocks = self._language.blocks(texts.plays(self._packages["plays"])[0])
-            marks = [mark * unit for mark in self._model.ladder]
+            marks = [mark * unit for mark in self._ladder]
             walk = training.further(self._language, module, blocks, self._model.further, marks, self._seed)
             for folder, _ in zip(folders, walk, strict=True):
                 self._made(folder, lambda out: self._language.save(module, out))
@@ -157,7 +151,7 @@ class Study:
             "v2": lambda: v2,
             "v2 + Δ": lambda: self._sum(1.0),
             "v2 + λΔ": lambda: self._sum(scale),
-            "FT(v2)": lambda: self._tuned(v2, watch="from v2"),
+            "FT(v2)": lambda: self._tuned(v2),
         }
         return {name: self._once(name, partial(self._scored_when_made, folder)) for name, folder in rows.items()}
 
@@ -181,8 +175,7 @@ class Study:
         found = {"mark": mark, **self._forecast(base), "right": self._told(module, "few")}
         with wl.patched(module, self._delta):
             found["right with delta"] = self._told(module, "few")
-        tuned = self._tuned(base, watch="from v2" if mark == self._main else None)
-        return {**found, "right when tuned": self._told(self._language.load(tuned), "few")}
+        return {**found, "right when tuned": self._told(self._language.load(self._tuned(base)), "few")}
 
     def _control(self, name: str) -> dict[str, Any]:
         base = self._made(self._folder / name, lambda out: self._write_control(name, out))
@@ -209,7 +202,7 @@ class Study:
         return {"lost": found.lost, **asdict(found.whole)}
 
     def _barrier(self) -> dict[str, Any]:
-        tuned, target = self._tuned(self._v1), self._tuned(self._v2(), watch="from v2")
+        tuned, target = self._tuned(self._v1), self._tuned(self._v2())
 
         def loss(module: nn.Module) -> float:
             return scores.answer_loss(self._language, module, self._parts.choose)
@@ -217,13 +210,18 @@ class Study:
         found = barrier(str(self._v1), str(tuned), str(target), loss, self._language.load(tuned), _POINTS)
         return asdict(found)
 
-    def _watched(self, name: str) -> dict[str, float]:
-        file = self._file(name)
-        if not file.exists():
-            start = self._v2() if name == "from v2" else self._sum(1.0)
-            self._tune(self._language.load(start, train=True), name)
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
+    def _watched(self, start: Path) -> dict[str, float]:
+        """Topics told while fine-tuning goes on at half the rate, which stays; by the number of steps."""
+        curve: dict[str, float] = {}
+
+        def look(step: int, network: nn.Module) -> None:
+            if step in WATCHED:
+                curve[str(step)] = scores.quickly_told_right(self._language, network, self._parts.choose)
+
+        recipe = replace(self._model.tune, rate=self._model.tune.rate / 2, falls=False)
+        module = self._language.load(start, train=True)
+        training.tune(self._language, module, self._parts.train, recipe, self._seed, look)
+        return curve
 
     # How it is kept.
 
@@ -260,8 +258,8 @@ class Study:
 
 def study_id(model: Model) -> str:
     """The same for the same code, settings and torch."""
-    sources = [inspect.getsource(module) for module in (texts, languages, training, controls, scores, begin)]
-    words = [*sources, inspect.getsource(Study), repr((model.tune, model.further, model.ladder)), torch.__version__]
+    modules = (texts, languages, training, controls, scores, begin, sys.modules[__name__])
+    words = [*map(inspect.getsource, modules), repr((model.tune, model.further)), torch.__version__]
     return bytes_digest("\0".join([model.title, *words]).encode())[:16]
 
 

@@ -1,4 +1,4 @@
-"""Training of the study's language models: weights in fp32, products in bf16, a constant rate after a short rise.
+"""Training of the study's language models: weights in fp32, products in bf16, the rate rises over a few steps.
 
 Without dropout, so that what comes out depends on nothing but the seed.
 """
@@ -23,11 +23,17 @@ Watch = Callable[[int, nn.Module], None]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """AdamW without weight decay."""
+    """AdamW without weight decay.
+
+    Attributes:
+        rate: the learning rate after the rise.
+        falls: from there it falls to 0 at the last step; else it stays.
+    """
 
     rate: float
     steps: int
     batch: int
+    falls: bool = False
 
 
 def tune(
@@ -94,8 +100,13 @@ def mixed() -> AbstractContextManager[Any]:
 
 
 def _optimizer(module: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    optimizer = torch.optim.AdamW(module.parameters(), recipe.rate, weight_decay=0.0)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _RISE))
+    optimizer = torch.optim.AdamW(module.parameters(), recipe.rate, weight_decay=0.0, fused=True)
+
+    def share(step: int) -> float:
+        left = 1 - step / recipe.steps if recipe.falls else 1.0
+        return min(1.0, (step + 1) / _RISE) * left
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[Tensor]:

@@ -91,6 +91,6 @@ def tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
 
 LADDER = (0.01, 0.05, 0.2)
 SMALL = {
-    "causal": Model("Llama", "none", causal, Causal, Recipe(2e-3, 80, 16), Recipe(1e-3, 2000, 16), LADDER),
-    "masked": Model("BERT", "none", masked, Masked, Recipe(6e-3, 80, 16), Recipe(1e-3, 2000, 16), LADDER),
+    "causal": Model("Llama", "none", causal, Causal, Recipe(2e-3, 80, 16), Recipe(1e-3, 2000, 16)),
+    "masked": Model("BERT", "none", masked, Masked, Recipe(6e-3, 80, 16), Recipe(1e-3, 2000, 16)),
 }

@@ -17,7 +17,7 @@ from weightlab_evals.transfer import scores, texts, training
 from weightlab_evals.transfer.study import CONTROLS, Study
 from weightlab_evals.transfer.training import Recipe
 
-from tests.evals.transfer.machine import SMALL, packages
+from tests.evals.transfer.machine import LADDER, SMALL, packages
 
 pytestmark = pytest.mark.filterwarnings("default")  # lm_eval and datasets warn of themselves
 
@@ -42,7 +42,7 @@ def test_a_whole_study(tmp_path: Path, data: dict[str, Path], kind: str) -> None
     said: list[str] = []
 
     def study() -> Study:
-        return Study(SMALL[kind], 3, data, tmp_path, said.append, main=0.05, limit=60)
+        return Study(SMALL[kind], 3, data, tmp_path, said.append, ladder=LADDER, main=0.05, limit=60)
 
     found = study().run()
     table = found["table"]
@@ -50,7 +50,7 @@ def test_a_whole_study(tmp_path: Path, data: dict[str, Path], kind: str) -> None
     assert table["FT(v1)"]["right"] > 0.9 > table["v1"]["right"]
     assert table["v2 + Δ"]["right"] > 0.9 > table["v2"]["right"]
     assert table["v2"]["perplexity"] < table["v1"]["perplexity"]
-    assert [rung["mark"] for rung in found["ladder"]] == [0.01, 0.05, 0.2]
+    assert [rung["mark"] for rung in found["ladder"]] == list(LADDER)
     assert all(rung["right"] <= 1 and rung["ratio"] > 0 for rung in found["ladder"])
     assert set(found["controls"]) == set(CONTROLS)
     assert math.isclose(found["controls"]["permuted"]["perplexity"], table["v2"]["perplexity"], rel_tol=0.02)
