@@ -22,6 +22,7 @@ LAYERS = {
     "weightlab.encodings": 3,
     "weightlab.adapters": 4,
     "weightlab.stream": 4,
+    "weightlab.methods": 5,
     "weightlab.patches": 5,
     "weightlab.stack": 6,
     "weightlab.extract": 7,

@@ -106,6 +106,38 @@ def renames(text: str) -> Callable[[Function], Function]:
     return click.option("--map", "renames", multiple=True, metavar="OLD=NEW", callback=convert, help=text)
 
 
+def method(default: str) -> Callable[[Function], Function]:
+    """--method and --set, given to the command as `method` and `parameters`."""
+
+    def convert(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for text in value:
+            name, sign, values = text.partition("=")
+            if not (name and sign and values):
+                raise click.BadParameter(f"{text!r}: write NAME=VALUE, or NAME=VALUE,VALUE,... with one for each")
+            found[name] = values.split(",") if "," in values else values
+        return found
+
+    def both(function: Function) -> Function:
+        setting = click.option(
+            "--set",
+            "parameters",
+            multiple=True,
+            metavar="NAME=VALUE[,VALUE...]",
+            callback=convert,
+            help="A parameter of the method, or one for each operand in their order; may be repeated.",
+        )(function)
+        return click.option("--method", default=default, show_default=True, metavar="NAME", help=METHODS)(setting)
+
+    return both
+
+
+METHODS = (
+    "How they become one: task_arithmetic (their sum), linear (their mean), ties, dare_linear, dare_ties, and what other "
+    "packages add. Each takes lambda and normalize; the last three density, rescale and scope; dare seed."
+)
+
+
 def _several(flag: str, name: str, metavar: str, text: str) -> Callable[[Function], Function]:
     return click.option(flag, name, multiple=True, metavar=metavar, help=text)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from weightlab.encodings._base import Buffers, DeltaReader, Expected, Parts, Plan, Spool, Tile, part_specs
 from weightlab.encodings.dense import STORED, rounded, stored_dtype
 from weightlab.errors import IntegrityError, RangeError, UsageError
-from weightlab.tensors.arithmetic import bits
+from weightlab.tensors.largest import largest
 from weightlab.tensors.spec import TensorSpec
 
 _BLOCK = 2**16
@@ -103,33 +103,16 @@ def _rescaled(chosen: Tensor, factor: float, dtype: str, name: str) -> Tensor:
 
 
 class _Largest:
-    """The `keep` elements of largest magnitude; of equals at the limit, the first ones.
-
-    The limit is found exactly, without a sort, from histograms of the magnitudes' bit pattern, 16 bits at a time from
-    the top: each pass looks at those elements only that share the upper bits of the limit.
-    """
+    """The `keep` elements of largest magnitude; of equals at the limit, the first ones."""
 
     factor = 1.0
 
     def __init__(self, delta: DeltaReader, keep: int) -> None:
-        self.limit, self.equals = 0, keep
-        width = 64 if delta.compute == torch.float64 else 32
-        for shift in range(width - 16, -1, -16):
-            histogram = np.zeros(2**16, dtype=np.int64)
-            for _, _, values in delta.tiles():
-                pattern = _pattern(values)
-                if shift + 16 < width:
-                    pattern = pattern[pattern >> (shift + 16) == self.limit]
-                histogram += np.bincount((pattern >> shift) & 0xFFFF, minlength=2**16)
-            bucket, above = _bucket(histogram, self.equals)
-            self.limit, self.equals = self.limit << 16 | bucket, self.equals - above
+        self.limit = largest(lambda: (values for _, _, values in delta.tiles()), keep, delta.compute)
+        self.left = self.limit.equals
 
     def places(self, start: int, block: Tensor) -> Places:
-        pattern = _pattern(block)
-        chosen = pattern > self.limit
-        equal = np.flatnonzero(pattern == self.limit)[: self.equals]
-        self.equals -= len(equal)
-        chosen[equal] = True
+        chosen, self.left = self.limit.chosen(block, self.left)
         return np.flatnonzero(chosen).astype(np.int64)
 
 
@@ -155,19 +138,6 @@ class _Random:
         generator = self._generator(str(start))
         chosen = generator.choice(block.numel(), size=after - before, replace=False, shuffle=False)
         return np.sort(chosen).astype(np.int64)
-
-
-def _pattern(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """The bit patterns of the magnitudes, int32 or int64: ordered as the magnitudes are."""
-    pattern: np.ndarray[Any, np.dtype[Any]] = bits(values.abs()).numpy()
-    return pattern
-
-
-def _bucket(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:
-    """The bucket with the rank-th largest element (rank from 1), and how many elements are in higher ones."""
-    from_top = np.cumsum(histogram[::-1])
-    position = min(int(np.searchsorted(from_top, rank)), len(histogram) - 1)
-    return len(histogram) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
 ENCODING = _Sparse()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,16 +13,9 @@ from weightlab.patches.fit import Fit
 from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source
-from weightlab.stream.executor import Workspace
+from weightlab.sources.virtual.computed import tiles_of_read
+from weightlab.stream.executor import WorkspaceOfThread
 from weightlab.tensors.spec import TensorSpec
-from weightlab.tensors.tiles import TILE
-
-
-class _Workspaces(threading.local):
-    """One workspace a thread."""
-
-    def __init__(self) -> None:
-        self.workspace = Workspace()
 
 
 class PatchedSource:
@@ -39,7 +31,7 @@ class PatchedSource:
 
     def __init__(self, base: Source, fitted: Fit, *, allow_nonfinite: bool = False) -> None:
         self._base, self._targets, self._allow = base, fitted.targets, allow_nonfinite
-        self._own = _Workspaces()
+        self._own = WorkspaceOfThread()
         self.label: str = base.label
         self.path: Path | None = base.path
         kept = {n: t.result for n, t in fitted.targets.items() if t.mode != "remove"}
@@ -53,7 +45,7 @@ class PatchedSource:
         if target is None:
             self._base.read(name, start, out)
             return
-        for first, last, inside, piece in _tiles(self.specs[name], start, out):
+        for first, last, inside, piece in tiles_of_read(self.specs[name], start, out):
             offences = Offences()
             clean = read_clean(self._base, target, first, last, self._own.workspace)
             result = compute_tile(target, first, last, clean, self._own.workspace, offences, self._allow)
@@ -76,7 +68,7 @@ class DeltaSource:
     def __init__(self, patches: Sequence[Patch], base: Source | None, names: Sequence[str]) -> None:
         ordered = sorted(patches, key=lambda p: p.id)
         self._base = base
-        self._own = _Workspaces()
+        self._own = WorkspaceOfThread()
         self._terms: dict[str, list[tuple[Patch, StoredParts]]] = {
             n: [(p, p.parts(n)) for p in ordered if n in p.records] for n in names
         }
@@ -93,7 +85,7 @@ class DeltaSource:
     def read(self, name: str, start: int, out: Tensor) -> None:
         dtype = self.specs[name].type
         assert dtype.torch is not None
-        for first, last, inside, piece in _tiles(self.specs[name], start, out):
+        for first, last, inside, piece in tiles_of_read(self.specs[name], start, out):
             total = self._own.workspace.buffer("total", last - first, dtype.torch)
             total.zero_()
             delta = self._own.workspace.buffer("delta", last - first, dtype.torch)
@@ -121,16 +113,3 @@ class DeltaSource:
 
     def close(self) -> None:
         """Nothing of its own to give back."""
-
-
-def _tiles(spec: TensorSpec, start: int, out: Tensor) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """The tiles that a read of `out.numel()` bytes from byte `start` on meets.
-
-    Yields:
-        (first element, element after the last, the bytes of the tile that are wanted, where in `out` they go).
-    """
-    size, stop = spec.stored.type.itemsize, start + out.numel()
-    for first in range(start // size // TILE * TILE, -(-stop // size), TILE):
-        last = min(first + TILE, spec.stored.numel)
-        begin, end = max(start, first * size), min(stop, last * size)
-        yield first, last, slice(begin - first * size, end - first * size), out[begin - start : end - start]

@@ -41,6 +41,13 @@ class Workspace:
         return held[:numel]
 
 
+class WorkspaceOfThread(threading.local):
+    """A workspace for each thread that asks, for what is called from threads that it did not start."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+
 @dataclass(slots=True)
 class Progress:
     """Counts bytes done; `report` is called with (done, total) from worker threads."""
