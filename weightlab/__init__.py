@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightlab.ops.connectivity import connectivity
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.merge import merge
     from weightlab.ops.recycle import recycle
     from weightlab.ops.signature import signature
     from weightlab.ops.similarity import compare, identify
@@ -45,6 +46,7 @@ _WHERE = {
     "file_order": "weightlab.networks.names",
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
+    "merge": "weightlab.ops.merge",
     "open_patch": "weightlab.patches.patch",
     "patched": "weightlab.runtime.patched",
     "recalibrate": "weightlab.runtime.recalibrate",
@@ -71,6 +73,7 @@ __all__ = [
     "file_order",
     "identify",
     "inspect",
+    "merge",
     "open_patch",
     "patched",
     "recalibrate",

@@ -133,8 +133,8 @@ def method(default: str) -> Callable[[Function], Function]:
 
 
 METHODS = (
-    "How they become one: task_arithmetic (their sum), linear (their mean), ties, dare_linear, dare_ties, and what other "
-    "packages add. Each takes lambda and normalize; the last three density, rescale and scope; dare seed."
+    "How they become one: task_arithmetic (their sum), linear (their mean), ties, dare_linear, dare_ties, and what "
+    "other packages add. Each takes lambda and normalize; the last three density, rescale and scope; dare seed."
 )
 
 

@@ -11,15 +11,9 @@ from typing import Literal
 from weightlab.errors import NamesMismatchError
 from weightlab.extract.gram import Gram, gram, joined
 from weightlab.networks.vocabulary import vocabulary_tensors
+from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.operands import ModelLike
-from weightlab.ops.three import (
-    clean_source,
-    folder_of_model,
-    require_shapes,
-    row_plan,
-    shared_names,
-    under_target_names,
-)
+from weightlab.ops.three import folder_of_model, row_plan
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.layers import unit_of
@@ -117,7 +111,7 @@ def connectivity(
     resources = resources or Resources()
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, resources) for path in models)
-        names = shared_names(base, tuned, target)
+        names = shared_names((base, tuned, target))
         folders = [folder_of_model(model) for model in models]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, None)

@@ -10,21 +10,13 @@ from pathlib import Path
 from weightlab.adapters.reading import is_adapter
 from weightlab.errors import UsageError
 from weightlab.networks.vocabulary import vocabulary_tensors
+from weightlab.ops.alike import Names, clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.carried import Carried, carried
 from weightlab.ops.connectivity import Connectivity, connectivity
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, base_of, model_path, open_patches
 from weightlab.ops.outcome import Outcome
-from weightlab.ops.three import (
-    Names,
-    Rows,
-    Three,
-    clean_source,
-    require_shapes,
-    row_plan,
-    shared_names,
-    under_target_names,
-)
+from weightlab.ops.three import Rows, Three, row_plan
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
@@ -118,7 +110,7 @@ def transfer(
     model_path(source_tuned)
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, options.resources) for path in paths)
-        names = shared_names(base, tuned, target)
+        names = shared_names((base, tuned, target))
         folders = [path if path.is_dir() else None for path in paths]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, rows)

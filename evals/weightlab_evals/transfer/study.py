@@ -29,7 +29,7 @@ from weightlab_evals.transfer.begin import Model
 from weightlab_evals.transfer.languages import Language
 
 LADDER, MAIN = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0), 2.0
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 WATCHED = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80)
 CONTROLS = ("permuted", "neurons only", "never trained")
 _HELD_OUT = 128

@@ -26,7 +26,7 @@ class RowsSource:
     def __init__(
         self,
         sources: tuple[Source, Source, Source],
-        names: Mapping[str, tuple[str, str, str]],
+        names: Mapping[str, tuple[str, ...]],
         plan: RowPlan,
         factor: float,
     ) -> None:

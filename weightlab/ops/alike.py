@@ -1,0 +1,102 @@
+"""Models of one architecture, the last of which has the names: which tensors belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from weightlab.errors import MisfitError, NamesMismatchError
+from weightlab.ops.operands import ModelLike, reading
+from weightlab.patches.ties import redundant_copy_of
+from weightlab.sources import Source
+from weightlab.sources.virtual.named import NamedSource
+from weightlab.stack.guards import clean_view
+from weightlab.stream.executor import Resources
+
+Names = Mapping[str, tuple[str, ...]]
+"""{name in the target, which is the last model: names in each of them}."""
+
+
+def clean_source(stack: ExitStack, model: ModelLike, wait: float, resources: Resources) -> Source:
+    source = stack.enter_context(reading(model, wait=wait))
+    clean, _ = stack.enter_context(clean_view(source, resources))
+    return clean
+
+
+def under_target_names(source: Source, names: Names, index: int) -> Source:
+    """One of the models, its tensors under the target's names."""
+    mine = {name: every[index] for name, every in names.items()}
+    return NamedSource(source, mine | {n: n for n in source.specs if n not in mine.values()})
+
+
+def shared_names(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
+    """{name in the target, the last one: its names in all of them}, of all that can be summed.
+
+    Raises:
+        NamesMismatchError: lists what one of them lacks, or has beyond the target.
+        MisfitError: lists weights that are codes.
+    """
+    *others, target = sources
+    found: dict[str, tuple[str, ...]] = {}
+    wrong: list[str] = []
+    codes: list[str] = []
+    used: list[set[str]] = [set() for _ in others]
+    for name, spec in target.specs.items():
+        mine = [_stored(source, name, target) for source in others]
+        lacking = [s.label for s, stored in zip(others, mine, strict=True) if stored is None]
+        wrong += [f"{spec}: not in {label}" for label in lacking]
+        if lacking:
+            continue
+        theirs = [stored or name for stored in mine]
+        for seen, stored in zip(used, theirs, strict=True):
+            seen.add(stored)
+        each = [*zip(others, theirs, strict=True), (target, name)]
+        opaque = any(stored in source.opaque for source, stored in each)
+        if all(source.specs[stored].is_float for source, stored in each) and not opaque:
+            found[name] = (*theirs, name)
+        elif spec.is_float or (opaque and len(spec.shape) > 1):
+            codes.append(str(spec))
+    for source, seen in zip(others, used, strict=True):
+        extra = [n for n in source.specs if n not in seen and redundant_copy_of(source, n, seen) is None]
+        wrong += [f"{source.specs[n]}: in {source.label}, not in {target.label}" for n in extra]
+    if wrong:
+        raise NamesMismatchError(
+            f"{len(wrong)} tensors are not in all {_NUMBERS.get(len(sources), len(sources))} models",
+            "give models of one architecture",
+            wrong,
+        )
+    if codes:
+        raise MisfitError(
+            "these weights are codes of a quantised checkpoint, on which no sums are defined",
+            "take the models before they were quantised",
+            codes,
+        )
+    return found
+
+
+_NUMBERS = {2: "two", 3: "three"}
+
+
+def _stored(source: Source, name: str, target: Source) -> str | None:
+    """Under which name a source has the target's tensor; a tied one may go by the other's."""
+    if name in source.specs:
+        return name
+    if name in source.aliases:
+        return source.aliases[name]
+    return redundant_copy_of(target, name, [n for n in target.specs if n in source.specs])
+
+
+def require_shapes(sources: Sequence[Source], names: Names) -> None:
+    """Raises:
+    NamesMismatchError: lists every tensor that has another shape in one of them.
+    """
+    wrong = []
+    for mine in names.values():
+        shapes = [s.specs[n].shape for s, n in zip(sources, mine, strict=True)]
+        if len(set(shapes)) > 1:
+            wrong.append(f"{mine[-1]}: {', '.join(str(list(shape)) for shape in shapes)}")
+    if wrong:
+        labels = ", ".join(source.label for source in sources)
+        raise NamesMismatchError(
+            f"{len(wrong)} tensors have other shapes in {labels}", "give models of one size", wrong
+        )
