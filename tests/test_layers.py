@@ -28,9 +28,10 @@ LAYERS = {
     "weightlab.extract": 7,
     "weightlab.ops": 8,
     "weightlab.runtime": 9,
-    "weightlab": 10,  # `import weightlab`: what users see
-    "weightlab_evals": 11,
-    "weightlab_cli": 12,
+    "weightlab.twin": 10,
+    "weightlab": 11,  # `import weightlab`: what users see
+    "weightlab_evals": 12,
+    "weightlab_cli": 13,
 }
 
 # What changes a file or folder, as functions of `os` and as methods of paths.

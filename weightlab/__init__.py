@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from weightlab.runtime.patched import PatchStack, patched
     from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
+    from weightlab.twin.folder import Twin, open_twin
+    from weightlab.twin.split import twin_split
 
 _WHERE = {
     "Patch": "weightlab.patches.patch",
     "PatchStack": "weightlab.runtime.patched",
     "Resources": "weightlab.stream.executor",
+    "Twin": "weightlab.twin.folder",
     "apply": "weightlab.ops.apply",
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
@@ -48,6 +51,7 @@ _WHERE = {
     "inspect": "weightlab.ops.inspect",
     "merge": "weightlab.ops.merge",
     "open_patch": "weightlab.patches.patch",
+    "open_twin": "weightlab.twin.folder",
     "patched": "weightlab.runtime.patched",
     "recalibrate": "weightlab.runtime.recalibrate",
     "recycle": "weightlab.ops.recycle",
@@ -56,6 +60,7 @@ _WHERE = {
     "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
     "transfer": "weightlab.ops.transfer",
+    "twin_split": "weightlab.twin.split",
     "verify": "weightlab.ops.verify",
 }
 
@@ -63,6 +68,7 @@ __all__ = [
     "Patch",
     "PatchStack",
     "Resources",
+    "Twin",
     "WeightlabError",
     "__version__",
     "apply",
@@ -75,6 +81,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_patch",
+    "open_twin",
     "patched",
     "recalibrate",
     "recycle",
@@ -83,6 +90,7 @@ __all__ = [
     "signature",
     "status",
     "transfer",
+    "twin_split",
     "verify",
 ]
 

@@ -1,0 +1,123 @@
+"""The folder of a twin: the shared part, an exclusive part for each expert, a router; and what says that they belong.
+
+twin.json
+shared/                   a patch on the base
+experts/NAME/exclusive/   a patch on the shared model: the base with `shared` on
+experts/NAME/*.json       the expert's configuration, where it has one
+router.json, router.safetensors
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError
+from weightlab.patches.patch import Patch, open_patch
+
+SCHEMA = 1
+HEADER = "twin.json"
+SHARED, EXPERTS, EXCLUSIVE = "shared", "experts", "exclusive"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ExpertHeader(_Strict):
+    """One expert.
+
+    Attributes:
+        patch: the id of its exclusive part.
+        heads: tensors that it brings along because not all experts have them, or not in one shape.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    patch: str
+    heads: list[str]
+
+
+class TwinHeader(_Strict):
+    """What twin.json says.
+
+    Attributes:
+        base: its name on the Hub if it has one; revision; the fingerprint of its tensors.
+        method: how the shared part was made, with parameters.
+        compress: how the exclusive parts are stored.
+        shared: the id of the shared part.
+        result: the fingerprint of the shared model, which the exclusive parts go on.
+        left_out: tensors of the base that no expert has.
+    """
+
+    schema_version: int
+    base: dict[str, str | None]
+    method: dict[str, Any]
+    compress: str
+    shared: str
+    result: str
+    experts: list[ExpertHeader]
+    left_out: list[str] = []
+
+
+class Twin:
+    """A twin on disk, opened: headers are checked, data is not read.
+
+    Attributes:
+        path: the folder.
+        header: what twin.json says.
+        shared: the patch that goes on the base.
+        exclusive: {expert: the patch that goes on the shared model}.
+    """
+
+    def __init__(self, path: Path, header: TwinHeader, shared: Patch, exclusive: dict[str, Patch]) -> None:
+        self.path, self.header, self.shared, self.exclusive = path, header, shared, exclusive
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, in the order that weights are given in."""
+        return list(self.exclusive)
+
+    def heads(self, name: str) -> list[str]:
+        """The tensors that this expert has for itself."""
+        return next(expert.heads for expert in self.header.experts if expert.name == name)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the shared part, `shared`, and of each exclusive part, by the expert's name."""
+        return {SHARED: self.shared.nbytes(), **{name: patch.nbytes() for name, patch in self.exclusive.items()}}
+
+
+def open_twin(path: Path) -> Twin:
+    """Opens the folder.
+
+    Raises:
+        MissingInputError: it is no twin, or parts are missing; all are listed.
+        MalformedFileError: twin.json breaks the format.
+        IntegrityError: a part is another than the one that was written with it.
+    """
+    file = path / HEADER
+    if not file.is_file():
+        raise MissingInputError(f"{path}: no twin (there is no {HEADER})", "make one with `weightlab twin split`")
+    try:
+        header = TwinHeader.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise MalformedFileError(f"{file}: not understood", "make the twin again", [str(error)]) from error
+    if header.schema_version != SCHEMA:
+        raise MalformedFileError(f"{file}: version {header.schema_version} is not known here", "update weightlab")
+    places = {SHARED: path / SHARED} | {e.name: path / EXPERTS / e.name / EXCLUSIVE for e in header.experts}
+    missing = [f"{name}: {place}" for name, place in places.items() if not place.exists()]
+    if missing:
+        raise MissingInputError(
+            f"{path}: parts of it are missing", "copy them too, or split again with the experts that there are", missing
+        )
+    patches = {name: open_patch(place) for name, place in places.items()}
+    wanted = {SHARED: header.shared} | {e.name: e.patch for e in header.experts}
+    wrong = [
+        f"{name}: {patch.id} is there, {wanted[name]} belongs"
+        for name, patch in patches.items()
+        if patch.id != wanted[name]
+    ]
+    if wrong:
+        raise IntegrityError(f"{path}: parts of another twin", "copy the folder as a whole", wrong)
+    return Twin(path, header, patches.pop(SHARED), patches)
