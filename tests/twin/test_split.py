@@ -127,10 +127,11 @@ def without_head(expert: Path, place: Path) -> Path:
 def test_bf16_bases_and_patches_as_experts(tmp_path: Path) -> None:
     base = {n: t.bfloat16() for n, t in random(0).items()}
     folder = save(tmp_path / "base", base)
-    patches = []
+    patches: list[Path] = []
     for seed in (1, 2):
         patch = wl.diff(base, {n: t + 0.1 * random(seed)[n] for n, t in random(0).items()}, encode="dense:fp32")
-        patches.append(patch.save(tmp_path / f"p{seed}.safetensors").path)
+        patches.append(tmp_path / f"p{seed}.safetensors")
+        patch.save(patches[-1])
     twin = wl.twin_split(folder, {"a": patches[0], "b": patches[1]}, tmp_path / "twin", compress="dense:fp32")
     shared = on_base(twin, folder)
     for name, path in (("a", patches[0]), ("b", patches[1])):

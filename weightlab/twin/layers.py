@@ -1,0 +1,216 @@
+"""What a layer gives when every sample of a batch has its own mixture of the experts' parts.
+
+A layer that is linear in its weights gets the mixture as an addition to what it gives already: for nn.Linear
+
+    y + Σₜ wₜ·(leftₜ (rightₜ x) + biasₜ)
+
+which is what merged weights would give (arXiv 2406.15479, section 3.4, needs one merged model a sample instead). What
+a layer's class is does not count, but whether its `forward` is the one that is known here. All others are asked once
+for each sample with merged weights, or with all samples' at a time where these are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from weightlab.errors import MisfitError
+from weightlab.twin.parts import Parts
+
+Mixture = Mapping[str, Parts]
+"""{the layer's own name of a tensor: what experts add to it}."""
+Addition = Callable[[Any, Mixture, Tensor, Tensor, Tensor], Tensor]
+"""(layer, parts, weights [rows, T], input, output) to the output with the mixture."""
+
+
+def of_rows(weights: Tensor, rows: int, layer: str) -> Tensor:
+    """The weights of every row of a tensor that has a whole number of rows for each sample, in the samples' order.
+
+    Raises:
+        MisfitError: it has not; names the layer.
+    """
+    samples = len(weights)
+    if rows == samples or samples == 1:
+        return weights.expand(rows, -1) if samples == 1 else weights
+    if rows % samples:
+        raise MisfitError(
+            f"{layer}: {rows} rows for {samples} samples, so that samples cannot be told apart",
+            "route by group (group=True), or one sample at a time",
+        )
+    return weights.repeat_interleave(rows // samples, 0)
+
+
+def _spread(weights: Tensor, like: Tensor, last: bool = True) -> Tensor:
+    """Weights [rows, C] for a tensor [rows, ..., C], or where the features are not last, [rows, C, ...]."""
+    between = (1,) * (like.ndim - 2)
+    return weights.view(len(weights), *between, -1) if last else weights.view(len(weights), -1, *between)
+
+
+def _linear(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    return _affine(parts, weights, given, output, transposed=False)
+
+
+def _conv1d(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    return _affine(parts, weights, given, output, transposed=True)
+
+
+def _affine(parts: Mixture, weights: Tensor, given: Tensor, output: Tensor, *, transposed: bool) -> Tensor:
+    if len(given) == 1 < len(weights):  # one input for all
+        output = output.expand(len(weights), *output.shape[1:])
+    matrix = parts.get("weight")
+    if matrix is not None:
+        if matrix.left is not None and matrix.right is not None and matrix.owner is not None:
+            inner, outer = (matrix.left.T, matrix.right.T) if transposed else (matrix.right, matrix.left)
+            hidden = functional.linear(given, inner)
+            output = output + functional.linear(hidden * _spread(weights[:, matrix.owner], hidden), outer)
+        for expert, delta in matrix.dense.items():
+            own = partial(functional.linear, weight=delta.T if transposed else delta)
+            output = _with_share(weights[:, expert], given, own, output)
+    return _with_vector(parts.get("bias"), weights, output)
+
+
+def _with_share(share: Tensor, given: Tensor, function: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """Adds what one expert gives, for those rows [rows] that have a share of it."""
+    if len(given) == 1 < len(share):
+        return output + _spread(share[:, None], output) * function(given)
+    rows = torch.nonzero(share)[:, 0]
+    if not len(rows):
+        return output
+    found = function(given[rows])
+    return output.index_add(0, rows, _spread(share[rows][:, None], found) * found)
+
+
+def _with_vector(part: Parts | None, weights: Tensor, output: Tensor, *, last: bool = True) -> Tensor:
+    if part is None:
+        return output
+    return output + _spread(_vectors(part, weights), output, last)
+
+
+def _vectors(part: Parts, weights: Tensor) -> Tensor:
+    """The mixtures of vectors: [rows, n]."""
+    experts = list(part.dense)
+    return weights[:, experts] @ torch.stack([part.dense[e].reshape(-1) for e in experts])
+
+
+def _embedding(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    matrix = parts["weight"]
+    if given.ndim == 1:  # places that all samples share
+        given, output = given[None], output[None]
+    if len(given) == 1 < len(weights):
+        output = output.expand(len(weights), *output.shape[1:])
+    if matrix.left is not None and matrix.right is not None and matrix.owner is not None:
+        hidden = functional.embedding(given, matrix.left)
+        output = output + (hidden * _spread(weights[:, matrix.owner], hidden)) @ matrix.right
+    for expert, delta in matrix.dense.items():
+        own = partial(functional.embedding, weight=delta)
+        output = _with_share(weights[:, expert], given, own, output)
+    return output
+
+
+def _convolution(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    function = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[len(layer.kernel_size)]
+
+    def convolved(values: Tensor, kernel: Tensor) -> Tensor:
+        found: Tensor = function(values, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return found
+
+    matrix = parts.get("weight")
+    if matrix is not None:
+        if matrix.left is not None and matrix.right is not None and matrix.owner is not None:
+            hidden = convolved(given, matrix.right.view(-1, *layer.weight.shape[1:]))
+            mixed = hidden * _spread(weights[:, matrix.owner], hidden, last=False)
+            output = output + torch.einsum("br...,or->bo...", mixed, matrix.left)
+        for expert, delta in matrix.dense.items():
+            output = _with_share(weights[:, expert], given, partial(convolved, kernel=delta), output)
+    return _with_vector(parts.get("bias"), weights, output, last=False)
+
+
+def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    plain = functional.layer_norm(given, layer.normalized_shape, None, None, layer.eps)
+    if "weight" in parts:
+        output = output + plain * _spread(_vectors(parts["weight"], weights), plain)
+    return _with_vector(parts.get("bias"), weights, output)
+
+
+def addition(layer: nn.Module, parts: Mixture) -> Addition | None:
+    """How a layer gets the mixture added to its output; None where it has to be asked again with merged weights."""
+    forward = type(layer).forward
+    if forward is nn.Linear.forward:
+        return _linear
+    if forward is nn.Embedding.forward and isinstance(layer, nn.Embedding) and layer.max_norm is None:
+        return _embedding
+    if forward is nn.LayerNorm.forward and isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+        return _layer_norm
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
+        return _conv1d
+    plain = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    if forward in plain and getattr(layer, "padding_mode", "") == "zeros" and getattr(layer, "groups", 0) == 1:
+        return _convolution
+    return None
+
+
+def again(
+    layer: nn.Module,
+    parts: Mixture,
+    weights: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    for_sample: Callable[[int], Any],
+    name: str,
+) -> Any:
+    """What a layer gives with merged weights, sample by sample; of vectors for all samples at a time.
+
+    Args:
+        weights: [samples, T].
+        for_sample: a context manager in which layers inside this one take the mixture of one sample.
+    """
+    state: dict[str, Tensor] = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
+    alone = not kwargs and len(args) == 1 and not any(True for _ in layer.children())
+    if alone and rows and all(state[n].ndim == 1 for n in parts):
+        own = of_rows(weights, max(rows, len(weights)), name)
+        merged = {n: state[n] + _vectors(part, own).to(state[n].dtype) for n, part in parts.items()}
+        given = args[0].expand(max(rows, len(weights)), *args[0].shape[1:])
+        rest = {n: t for n, t in state.items() if n not in parts}
+        return vmap(lambda m, x: functional_call(layer, {**rest, **m}, (x[None],))[0])(merged, given)
+    found = []
+    for sample, own in enumerate(weights):
+        values = {
+            n: (state[n] + part.mixed(own.float(), state[n].shape)).to(state[n].dtype) for n, part in parts.items()
+        }
+        mine = (_sliced(value, sample, len(weights), rows, name) for value in args)
+        named = {key: _sliced(value, sample, len(weights), rows, name) for key, value in kwargs.items()}
+        with for_sample(sample):
+            found.append(functional_call(layer, values, tuple(mine), named))
+    return _together(found)
+
+
+def _sliced(value: Any, sample: int, samples: int, rows: int, name: str) -> Any:
+    """One sample's rows of an argument that has rows for all."""
+    if isinstance(value, tuple | list):
+        return type(value)(_sliced(each, sample, samples, rows, name) for each in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows or rows == 1:
+        return value
+    if rows % samples:
+        raise MisfitError(
+            f"{name}: {rows} rows for {samples} samples, so that samples cannot be told apart",
+            "route by group (group=True), or one sample at a time",
+        )
+    each = rows // samples
+    return value[sample * each : (sample + 1) * each]
+
+
+def _together(found: list[Any]) -> Any:
+    first = found[0]
+    if isinstance(first, Tensor):
+        return torch.cat(found)
+    if isinstance(first, tuple | list):
+        return type(first)(_together(list(each)) for each in zip(*found, strict=True))
+    return first

@@ -1,0 +1,164 @@
+"""Routed inference: one shared model in memory, and for every sample its own mixture of the experts' parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightlab.errors import UsageError
+from weightlab.twin.folder import Twin
+from weightlab.twin.layers import Addition, addition, again, of_rows
+from weightlab.twin.parts import Parts, parts_on
+
+
+class _Layer:
+    """One layer with parts, as a forward hook."""
+
+    def __init__(self, owner: TwinModel, name: str, layer: nn.Module, parts: dict[str, Parts]) -> None:
+        self._owner, self._name, self.parts = owner, name, parts
+        self._add: Addition | None = addition(layer, parts)
+        self._inside = False
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        weights = self._owner._weights
+        if weights is None or self._inside:
+            return None
+        if self._add is None:
+            self._inside = True
+            try:
+                return again(layer, self.parts, weights, args, kwargs, self._owner._for_sample, self._name)
+            finally:
+                self._inside = False
+        given = args[0] if args else next(iter(kwargs.values()))
+        shared = len(given) == 1 or (isinstance(layer, nn.Embedding) and given.ndim == 1)
+        rows = weights if shared else of_rows(weights, len(given), self._name)
+        return self._add(layer, self.parts, rows.to(output.dtype), given, output)
+
+
+class TwinModel(nn.Module):
+    """A shared model whose layers add, for every sample, a mixture of the experts' exclusive parts.
+
+    What it gives is what the shared model would give with Σₜ wₜ·partₜ merged into it for each sample, up to rounding.
+    Samples are the rows of the inputs, in order; rows that belong to one sample (beams) lie beside each other.
+
+    Args:
+        module: the shared model: the base with `twin.shared` on. It is in evaluation mode from now on.
+        twin: the folder that the parts come from.
+
+    Attributes:
+        module: the same.
+        names: the experts, in the order of the weights.
+
+    Raises:
+        NamesMismatchError, MisfitError: the parts do not fit the module; all misfits are listed.
+    """
+
+    def __init__(self, module: nn.Module, twin: Twin) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.twin = twin
+        self.names = twin.names
+        self._weights: Tensor | None = None
+        heads = {name for expert in twin.names for name in twin.heads(expert)}
+        found = parts_on(module, list(twin.exclusive.values()), heads)
+        state = module.state_dict(keep_vars=True)
+        layers: dict[str, dict[str, Parts]] = {}
+        by_tensor = {id(state[name]): parts for name, parts in found.items()}
+        for place, layer in module.named_modules():
+            own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+            mine = {name: by_tensor[id(tensor)] for name, tensor in own if id(tensor) in by_tensor}
+            if mine:
+                layers[place] = mine
+        for place, mine in layers.items():
+            layer = module.get_submodule(place)
+            layer.register_forward_hook(_Layer(self, place, layer, mine), with_kwargs=True, prepend=True)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def forward(
+        self,
+        *args: Any,
+        weights: Tensor | Sequence[Any] | None = None,
+        top_k: int | None = None,
+        group: bool = False,
+        return_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What the module gives, every sample with its own mixture.
+
+        Args:
+            weights: [samples, T] or [T] for all; in the order of `names`.
+            top_k: only so many experts of the largest weight, which are scaled to the same sum.
+            group: one mixture for all samples, the mean of theirs.
+            return_routing: (output, weights) instead of the output.
+        """
+        mixture = self._mixture(weights, top_k, group)
+        with self._mixing(mixture), torch.no_grad():
+            output = self.module(*args, **kwargs)
+        return (output, mixture) if return_routing else output
+
+    def generate(
+        self,
+        *args: Any,
+        weights: Tensor | Sequence[Any] | None = None,
+        top_k: int | None = None,
+        group: bool = False,
+        return_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's `generate`; the mixture of a prompt stays to the end of what is generated, for all its beams."""
+        mixture = self._mixture(weights, top_k, group)
+        module: Any = self.module
+        with self._mixing(mixture), torch.no_grad():
+            output = module.generate(*args, **kwargs)
+        return (output, mixture) if return_routing else output
+
+    def _mixture(self, weights: Tensor | Sequence[Any] | None, top_k: int | None, group: bool) -> Tensor:
+        if weights is None:
+            raise UsageError("no weights, and no router to ask", "give weights, or train one: weightlab twin route")
+        mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
+        if mixture.ndim == 1:
+            mixture = mixture[None]
+        if mixture.ndim != 2 or mixture.shape[1] != len(self.names):
+            raise UsageError(
+                f"weights {list(mixture.shape)} for {len(self.names)} experts",
+                "give [samples, experts], or [experts] for all samples",
+                self.names,
+            )
+        if not bool(torch.isfinite(mixture).all()):
+            raise UsageError("weights are not finite", "give numbers")
+        if top_k is not None:
+            mixture = only_largest(mixture, top_k)
+        return mixture.mean(0, keepdim=True) if group else mixture
+
+    @contextmanager
+    def _mixing(self, weights: Tensor | None) -> Iterator[None]:
+        before, self._weights = self._weights, weights
+        try:
+            yield
+        finally:
+            self._weights = before
+
+    def _for_sample(self, sample: int) -> Any:
+        assert self._weights is not None
+        return self._mixing(self._weights[sample : sample + 1])
+
+
+def only_largest(weights: Tensor, count: int) -> Tensor:
+    """Weights [samples, T] of which all but the `count` largest are 0, scaled to the sum that they had.
+
+    Raises:
+        UsageError: `count` is not from 1 to T.
+    """
+    if not 1 <= count <= weights.shape[1]:
+        raise UsageError(f"top_k {count} of {weights.shape[1]} experts", f"give 1 to {weights.shape[1]}")
+    values, places = weights.topk(count, dim=1)
+    kept = torch.zeros_like(weights).scatter(1, places, values)
+    sums, wanted = kept.sum(1, keepdim=True), weights.sum(1, keepdim=True)
+    return torch.where(sums == 0, kept, kept * wanted / sums)
