@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
     from weightlab.twin.folder import Twin, open_twin
+    from weightlab.twin.model import TwinModel
+    from weightlab.twin.route import route
+    from weightlab.twin.routing import save_router
     from weightlab.twin.split import twin_split
 
 _WHERE = {
@@ -41,6 +44,7 @@ _WHERE = {
     "PatchStack": "weightlab.runtime.patched",
     "Resources": "weightlab.stream.executor",
     "Twin": "weightlab.twin.folder",
+    "TwinModel": "weightlab.twin.model",
     "apply": "weightlab.ops.apply",
     "compare": "weightlab.ops.similarity",
     "compose": "weightlab.ops.compose",
@@ -56,6 +60,8 @@ _WHERE = {
     "recalibrate": "weightlab.runtime.recalibrate",
     "recycle": "weightlab.ops.recycle",
     "remove": "weightlab.ops.stack",
+    "route": "weightlab.twin.route",
+    "save_router": "weightlab.twin.routing",
     "scale": "weightlab.ops.stack",
     "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
@@ -69,6 +75,7 @@ __all__ = [
     "PatchStack",
     "Resources",
     "Twin",
+    "TwinModel",
     "WeightlabError",
     "__version__",
     "apply",
@@ -86,6 +93,8 @@ __all__ = [
     "recalibrate",
     "recycle",
     "remove",
+    "route",
+    "save_router",
     "scale",
     "signature",
     "status",

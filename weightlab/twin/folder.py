@@ -5,6 +5,7 @@ shared/                   a patch on the base
 experts/NAME/exclusive/   a patch on the shared model: the base with `shared` on
 experts/NAME/*.json       the expert's configuration, where it has one
 router.json, router.safetensors
+*                         configuration and tokenizer of the base, byte for byte
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class TwinHeader(_Strict):
     """What twin.json says.
 
     Attributes:
-        base: its name on the Hub if it has one; revision; the fingerprint of its tensors.
+        base: `name` on the Hub, if it has one; `revision`; `fingerprint` of its tensors; `path`: from here to where it
+            was.
         method: how the shared part was made, with parameters.
         compress: how the exclusive parts are stored.
         shared: the id of the shared part.

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from weightlab.errors import UsageError
-from weightlab.twin.folder import Twin
+from weightlab.ops.operands import PathLike
+from weightlab.stream.executor import Resources
+from weightlab.twin.folder import Twin, open_twin
 from weightlab.twin.layers import Addition, addition, again, of_rows
+from weightlab.twin.loading import shared_module
+from weightlab.twin.observing import input_width, last_hidden, pooled, right_vectors
 from weightlab.twin.parts import Parts, parts_on
+from weightlab.twin.routers import Observed
+from weightlab.twin.routing import open_router
 
 
 class _Layer:
@@ -22,8 +30,11 @@ class _Layer:
         self._owner, self._name, self.parts = owner, name, parts
         self._add: Addition | None = addition(layer, parts)
         self._inside = False
+        self._vectors: list[Tensor] | None = None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._owner._heard is not None:
+            self._listen(layer, args)
         weights = self._owner._weights
         if weights is None or self._inside:
             return None
@@ -36,7 +47,31 @@ class _Layer:
         given = args[0] if args else next(iter(kwargs.values()))
         shared = len(given) == 1 or (isinstance(layer, nn.Embedding) and given.ndim == 1)
         rows = weights if shared else of_rows(weights, len(given), self._name)
-        return self._add(layer, self.parts, rows.to(output.dtype), given, output)
+        classes = next((part.classes for part in self.parts.values() if part.classes), None)
+        if classes is None:
+            return self._add(layer, self.parts, rows.to(output.dtype), given, output)
+        # Classes of several classifiers have nothing in common: the one of the largest weight says which there are.
+        said = rows.argmax(1)
+        alone = functional.one_hot(said, rows.shape[1]).to(output.dtype)
+        output = self._add(layer, self.parts, alone, given, output)
+        there = torch.tensor([classes[expert] for expert in said.tolist()], device=output.device)
+        beyond = torch.arange(output.shape[-1], device=output.device) >= there.view(-1, *(1,) * (output.ndim - 1))
+        return output.masked_fill(beyond, float("-inf"))
+
+    def _listen(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Notes how far the input lies in each expert's right singular vectors."""
+        part = self.parts.get("weight")
+        if part is None or part.owner is None or self._add is None or isinstance(layer, nn.Embedding) or not args:
+            return
+        given: Tensor = args[0]
+        if given.ndim < 2 or given.shape[-1] != input_width(layer):
+            return
+        if self._vectors is None:
+            self._vectors = right_vectors(layer, part, len(self._owner.names))
+        given = given.float()
+        inside = torch.stack([(given @ vectors).square().sum(-1) for vectors in self._vectors], -1)
+        assert self._owner._heard is not None
+        self._owner._heard.append(inside / given.square().sum(-1, keepdim=True).clamp_min(1e-30))
 
 
 class TwinModel(nn.Module):
@@ -52,6 +87,7 @@ class TwinModel(nn.Module):
     Attributes:
         module: the same.
         names: the experts, in the order of the weights.
+        router: who is asked where no weights are given; None where the folder has none.
 
     Raises:
         NamesMismatchError, MisfitError: the parts do not fit the module; all misfits are listed.
@@ -63,6 +99,8 @@ class TwinModel(nn.Module):
         self.twin = twin
         self.names = twin.names
         self._weights: Tensor | None = None
+        self._heard: list[Tensor] | None = None
+        self.router = open_router(twin)
         heads = {name for expert in twin.names for name in twin.heads(expert)}
         found = parts_on(module, list(twin.exclusive.values()), heads)
         state = module.state_dict(keep_vars=True)
@@ -76,6 +114,32 @@ class TwinModel(nn.Module):
         for place, mine in layers.items():
             layer = module.get_submodule(place)
             layer.register_forward_hook(_Layer(self, place, layer, mine), with_kwargs=True, prepend=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: PathLike,
+        base: PathLike | None = None,
+        *,
+        architecture: str | None = None,
+        dtype: torch.dtype | None = None,
+        wait: float = 0.0,
+        resources: Resources | None = None,
+    ) -> TwinModel:
+        """Loads a twin of transformers' models: the base, the shared part on it, the exclusive parts, the router.
+
+        Args:
+            base: where the base is now; None: where it was when the twin was made, from the folder.
+            architecture: the class of transformers; None: the experts', else the base's.
+            dtype: None: the base's.
+
+        Raises:
+            MissingInputError, MalformedFileError, IntegrityError: see `open_twin`; or the base is not there.
+            WrongBaseError: it is another than the twin was made from.
+            NamesMismatchError: lists the tensors of the class that neither base nor experts have.
+        """
+        twin = open_twin(Path(folder))
+        return cls(shared_module(twin, base, architecture, dtype, wait, resources or Resources()), twin)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +162,7 @@ class TwinModel(nn.Module):
             group: one mixture for all samples, the mean of theirs.
             return_routing: (output, weights) instead of the output.
         """
-        mixture = self._mixture(weights, top_k, group)
+        mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         with self._mixing(mixture), torch.no_grad():
             output = self.module(*args, **kwargs)
         return (output, mixture) if return_routing else output
@@ -113,15 +177,42 @@ class TwinModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """The module's `generate`; the mixture of a prompt stays to the end of what is generated, for all its beams."""
-        mixture = self._mixture(weights, top_k, group)
+        mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         module: Any = self.module
         with self._mixing(mixture), torch.no_grad():
             output = module.generate(*args, **kwargs)
         return (output, mixture) if return_routing else output
 
-    def _mixture(self, weights: Tensor | Sequence[Any] | None, top_k: int | None, group: bool) -> Tensor:
-        if weights is None:
+    def route(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The router's weights [samples, T] for a batch, of which the shared model makes one pass.
+
+        Raises:
+            UsageError: there is no router.
+        """
+        if self.router is None:
             raise UsageError("no weights, and no router to ask", "give weights, or train one: weightlab twin route")
+        return self.router.weights(self.observe(*args, responses=self.router.wants_responses, **kwargs))
+
+    def observe(self, *args: Any, responses: bool = False, **kwargs: Any) -> Observed:
+        """What the shared model, without any expert, makes of a batch.
+
+        Args:
+            responses: also how far inputs of layers lie in the experts' right singular vectors.
+        """
+        with self._mixing(None), torch.no_grad():
+            self._heard = [] if responses else None
+            try:
+                hidden, mask = last_hidden(self.module, args, kwargs)
+                heard = self._heard
+            finally:
+                self._heard = None
+        if heard is None:
+            return Observed(pooled(hidden, mask))
+        if not heard:
+            raise UsageError("no linear layer has low-rank parts", "choose another router, or compress low_rank")
+        return Observed(pooled(hidden, mask), torch.stack([pooled(each, mask) for each in heard]).mean(0))
+
+    def _mixture(self, weights: Tensor | Sequence[Any], top_k: int | None, group: bool) -> Tensor:
         mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
         if mixture.ndim == 1:
             mixture = mixture[None]

@@ -27,12 +27,14 @@ class Parts:
             matrix [m, n] with one row for each of its first dimension; owner [R] says whose column that is. None: no
             expert has factors here.
         dense: {expert's number: the difference, in the tensor's shape}.
+        classes: of a classifier that not all experts have in one size, {expert's number: its rows}.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     owner: Tensor | None = None
     dense: dict[int, Tensor] = field(default_factory=dict)
+    classes: dict[int, int] = field(default_factory=dict)
 
     def mixed(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
         """Σ weightₜ·differenceₜ, for weights [T]."""
@@ -113,8 +115,11 @@ def _joined(tensor: Tensor, pieces: Sequence[_Piece], heads: Collection[str]) ->
         if piece.name in heads:  # of a classifier with fewer classes than another expert's, the first rows
             values = _values(piece)
             part[: len(values)].copy_(values)
+            found.classes[piece.expert] = len(values) if values.ndim else 1
         else:
             part.copy_(_delta(piece))
+    if len(set(found.classes.values())) < 2:
+        found.classes = {}
     if lefts:
         found.left, found.right = torch.cat(lefts, 1).to(tensor), torch.cat(rights, 0).to(tensor)
         found.owner = torch.tensor(owners, device=tensor.device)

@@ -6,6 +6,7 @@ exclusive parts  vt = compress(θt − θs)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,7 @@ from weightlab.files.atomic import atomic_folder, refuse_existing, replace_file
 from weightlab.files.digest import fingerprint
 from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.alike import clean_source
+from weightlab.ops.companions import companions, copy_companions
 from weightlab.ops.operands import PathLike, model_path
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry, fit
@@ -128,7 +130,12 @@ def twin_split(
                 _copy_configuration(paths[name], place)
             header = TwinHeader(
                 schema_version=SCHEMA,
-                base={"name": base_name, "revision": revision, "fingerprint": options.base_fingerprint},
+                base={
+                    "name": base_name,
+                    "revision": revision,
+                    "fingerprint": options.base_fingerprint,
+                    "path": os.path.relpath(base, out),
+                },
                 method={"name": method, **options.method.parameters},
                 compress=encode,
                 shared=shared.id,
@@ -136,6 +143,11 @@ def twin_split(
                 experts=headers,
                 left_out=left_out,
             )
+            if Path(base).is_dir():
+                mine = {HEADER, SHARED, EXPERTS}
+                copy_companions(
+                    Path(base), [n for n in companions(Path(base), ())[0] if n.parts[0] not in mine], folder
+                )
             replace_file(folder / HEADER, header.model_dump_json(indent=1).encode())
     return open_twin(Path(out))
 
