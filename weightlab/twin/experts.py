@@ -29,18 +29,12 @@ _NOT_IN_NAMES = frozenset("/\\:\0,=")
 
 
 def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, PathLike]:
-    """Experts by name; of a list the last part of each path, without its ending.
+    """Experts by name; of a list of `[NAME=]PATH` the last part of each path, without its ending, where it has none.
 
     Raises:
         UsageError: nothing, a name twice, or one that is no name of a folder.
     """
-    if isinstance(experts, Mapping):
-        pairs = list(experts.items())
-    else:
-        pairs = [
-            (Path(parse_patch(os.fspath(path))[0]).resolve().name.removesuffix(".safetensors"), path)
-            for path in experts
-        ]
+    pairs = list(experts.items()) if isinstance(experts, Mapping) else [_with_name(os.fspath(path)) for path in experts]
     if len(pairs) < 2:
         raise UsageError("a twin has two experts or more", "give their paths")
     found: dict[str, list[PathLike]] = {}
@@ -53,6 +47,14 @@ def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, Pat
     if wrong:
         raise UsageError("these are no names for experts", "name them: NAME=PATH", wrong)
     return {name: paths[0] for name, paths in found.items()}
+
+
+def _with_name(text: str) -> tuple[str, str]:
+    """The name and the path in `[NAME=]PATH`; a path that exists wins as a whole."""
+    name, sign, path = text.partition("=")
+    if sign and not Path(parse_patch(text)[0]).exists():
+        return name, path
+    return Path(parse_patch(text)[0]).resolve().name.removesuffix(".safetensors"), text
 
 
 def expert_source(

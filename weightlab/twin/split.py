@@ -67,8 +67,8 @@ def twin_split(
     Tensors that not all of base and experts have in one shape (classifiers) stay with their expert, whole.
 
     Args:
-        experts: {name: checkpoint, patch or PEFT adapter}, or a list, where the last part of the path is the name. Of
-            adapters and patches the product ΔW is what counts, never factors.
+        experts: {name: checkpoint, patch or PEFT adapter}, or a list of `[NAME=]PATH`, where the last part of the path
+            is the name if none is given. Of adapters and patches the product ΔW is what counts, never factors.
         out: a new folder.
         method: how the shared part is made: a name in `weightlab.methods.METHODS`.
         parameters: the method's; by default λ = 0.3 for task arithmetic.
@@ -85,8 +85,8 @@ def twin_split(
     refuse_existing(Path(out))
     paths = named(experts)
     merging = METHODS.get(method)
-    if parameters is None and method == METHOD:
-        parameters = {"lambda": LAMBDA}
+    if method == METHOD:
+        parameters = {"lambda": LAMBDA, **(parameters or {})}
     settings = Settings(method, merging.parameters, parameters, len(paths))
     if weights is not None and len(weights) != len(paths):
         raise UsageError(f"{len(weights)} weights for {len(paths)} experts", "give one for each")
