@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightlab.ops.connectivity import connectivity
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.lora import lora_export
     from weightlab.ops.merge import merge
     from weightlab.ops.recycle import recycle
     from weightlab.ops.signature import signature
@@ -53,6 +54,7 @@ _WHERE = {
     "file_order": "weightlab.networks.names",
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
+    "lora_export": "weightlab.ops.lora",
     "merge": "weightlab.ops.merge",
     "open_patch": "weightlab.patches.patch",
     "open_twin": "weightlab.twin.folder",
@@ -86,6 +88,7 @@ __all__ = [
     "file_order",
     "identify",
     "inspect",
+    "lora_export",
     "merge",
     "open_patch",
     "open_twin",

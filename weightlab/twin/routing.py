@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from weightlab.errors import MalformedFileError, MisfitError
-from weightlab.files.atomic import replace_file
+from weightlab.errors import InputError, MalformedFileError, MisfitError
+from weightlab.files.atomic import atomic_file, replace_file
+from weightlab.files.small import read_tensors, write_tensors
 from weightlab.twin.folder import Twin
 from weightlab.twin.routers import ROUTERS, Observed
 
@@ -69,7 +68,8 @@ def router_for(twin: Twin, kind: str, tensors: Mapping[str, Tensor], values: Map
 
 def save_router(router: Router, folder: Path) -> None:
     """Writes the two files; the tensors first, so that no header is beside others' tensors for long."""
-    replace_file(folder / TENSORS, save(dict(router.tensors), {"format": "pt"}))
+    with atomic_file(folder / TENSORS, overwrite=True) as temporary:
+        write_tensors(temporary, router.tensors)
     replace_file(folder / HEADER, router.header.model_dump_json(indent=1).encode())
 
 
@@ -87,8 +87,8 @@ def open_router(twin: Twin) -> Router | None:
         header = RouterHeader.model_validate_json(file.read_bytes())
         if header.schema_version != SCHEMA:
             raise ValueError(f"version {header.schema_version} is not known here")
-        tensors = load((twin.path / TENSORS).read_bytes())
-    except (ValidationError, ValueError, OSError, json.JSONDecodeError) as error:
+        tensors = read_tensors(twin.path / TENSORS)
+    except (ValidationError, ValueError, OSError, InputError) as error:
         raise MalformedFileError(f"{file}: no router", "train it again: weightlab twin route", [str(error)]) from error
     mine = {name: patch.id for name, patch in twin.exclusive.items()}
     wrong = [f"{n}: {header.experts.get(n, 'not known to it')}" for n, i in mine.items() if header.experts.get(n) != i]
