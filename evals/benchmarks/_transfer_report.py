@@ -96,18 +96,20 @@ def _table(models: Mapping[str, Sequence[Found]]) -> list[str]:
 def _ladder(models: Mapping[str, Sequence[Found]]) -> list[str]:
     lines = [
         f"**How far away it may be.** Version 2 at ‖v2 − v1‖ / ‖Δ‖; the table above has that at {MAIN:g}. "
-        "The ratio and the forecast are what `weightlab connectivity` says beforehand. Topics told, in % of 400.",
+        "Ratio, distance (‖v2 − v1‖ / ‖v1‖) and forecast are what `weightlab connectivity` says beforehand. Topics "
+        "told, in % of 400.",
         "",
-        "| | ratio | forecast | v2 | v2 + Δ | FT(v2) | arrives |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        "| | ratio | distance | forecast | v2 | v2 + Δ | FT(v2) | arrives |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for name, seeds in models.items():
         for place, rung in enumerate(seeds[0]["ladder"]):
             every = [seed["ladder"][place] for seed in seeds]
             means = [_mean(every, key) for key in ("right", "right with delta", "right when tuned")]
             share = share_of_gap((means[1] - means[0]) / (means[2] - means[0]))
+            ratio, distance = _mean(every, "ratio"), _mean(every, "distance")
             lines.append(
-                f"| {MODELS[name].title}, {rung['mark']:g} | {_mean(every, 'ratio'):.2g} | {_forecasts(every)} "
+                f"| {MODELS[name].title}, {rung['mark']:g} | {ratio:.2g} | {distance:.3f} | {_forecasts(every)} "
                 f"| {' | '.join(f'{100 * m:.1f}' for m in means)} | {share} |"
             )
     return lines

@@ -16,7 +16,7 @@ def seed(shift: float = 0.0) -> dict[str, Any]:
     """v2 + Δ closes three quarters of the gap and keeps half of the gain."""
     right = {"v1": 0.5, "FT(v1)": 0.9, "v2": 0.5, "v2 + Δ": 0.8, "v2 + λΔ": 0.85, "FT(v2)": 0.9}
     nats = {"v1": 4.0, "FT(v1)": 4.1, "v2": 3.0, "v2 + Δ": 3.5, "v2 + λΔ": 3.6, "FT(v2)": 3.2}
-    forecast = {"layer": "all", "lost": 0.0, "ratio": 2.0, "cosine": 0.9, "distance": 0.2, "change": 0.1, "along": 0.0}
+    forecast = {"layer": "all", "lost": 0.0, "ratio": 2.0, "cosine": 0.9, "distance": 0.1, "change": 0.05, "along": 0.0}
     rung = {**forecast, "right": 0.5, "right with delta": 0.8, "right when tuned": 0.9}
     control = {**forecast, "lost": 0.9, "perplexity": 20.0, "right": 0.5, "right with delta": 0.5}
     return {
