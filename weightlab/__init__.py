@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weightlab.ops.connectivity import connectivity
     from weightlab.ops.diff import diff
     from weightlab.ops.inspect import inspect
-    from weightlab.ops.lora import lora_export
+    from weightlab.ops.lora import lora_export, lora_extract, lora_import
     from weightlab.ops.merge import merge
     from weightlab.ops.recycle import recycle
     from weightlab.ops.signature import signature
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weightlab.runtime.patched import PatchStack, patched
     from weightlab.runtime.recalibrate import recalibrate
     from weightlab.stream.executor import Resources
+    from weightlab.twin.export import twin_export
     from weightlab.twin.folder import Twin, open_twin
     from weightlab.twin.model import TwinModel
     from weightlab.twin.route import route
@@ -55,6 +56,8 @@ _WHERE = {
     "identify": "weightlab.ops.similarity",
     "inspect": "weightlab.ops.inspect",
     "lora_export": "weightlab.ops.lora",
+    "lora_extract": "weightlab.ops.lora",
+    "lora_import": "weightlab.ops.lora",
     "merge": "weightlab.ops.merge",
     "open_patch": "weightlab.patches.patch",
     "open_twin": "weightlab.twin.folder",
@@ -68,6 +71,7 @@ _WHERE = {
     "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
     "transfer": "weightlab.ops.transfer",
+    "twin_export": "weightlab.twin.export",
     "twin_split": "weightlab.twin.split",
     "verify": "weightlab.ops.verify",
 }
@@ -89,6 +93,8 @@ __all__ = [
     "identify",
     "inspect",
     "lora_export",
+    "lora_extract",
+    "lora_import",
     "merge",
     "open_patch",
     "open_twin",
@@ -102,6 +108,7 @@ __all__ = [
     "signature",
     "status",
     "transfer",
+    "twin_export",
     "twin_split",
     "verify",
 ]

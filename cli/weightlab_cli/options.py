@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,19 @@ def out(text: str, *, required: bool = False) -> Callable[[Function], Function]:
     return click.option("-o", "--out", type=_new_path, metavar="PATH", required=required, help=text)
 
 
+@contextmanager
+def destination(out: Path, dry: bool) -> Iterator[Path]:
+    """Where output goes: in a dry run to temporary storage, which is removed."""
+    from weightlab.files.atomic import refuse_existing
+
+    refuse_existing(out)
+    if not dry:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="weightlab-") as temporary:
+        yield Path(temporary) / out.name
+
+
 def dry_run(text: str) -> Callable[[Function], Function]:
     """--dry-run, with what it means for this command."""
     return click.option("--dry-run", is_flag=True, help=text)
@@ -144,6 +158,7 @@ def _several(flag: str, name: str, metavar: str, text: str) -> Callable[[Functio
 
 DRY_CHANGE = "Check everything, say what would change and how many bytes and how much memory it takes; write nothing."
 DRY_PATCH = "Make the patch in temporary storage ($TMPDIR), say what it holds and takes; keep nothing."
+DRY_MADE = "Make it in temporary storage ($TMPDIR), say what it takes; keep nothing."
 DRY_READ = "Say how many bytes would be read, and read headers only."
 
 ENCODINGS = (

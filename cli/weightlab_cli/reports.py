@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from weightlab_cli.output import Output, size
 
 if TYPE_CHECKING:
+    from weightlab.ops.adapter_out import Exported, LoraExport
     from weightlab.ops.inspect import Inspection
     from weightlab.ops.outcome import Outcome, PatchOnInfo
     from weightlab.ops.similarity import Comparison
@@ -50,6 +52,23 @@ def show_patch(output: Output, out: str, found: Inspection, resources: Resources
     _show_memory(output, resources, dry_run)
     end = "would be " if dry_run else ""
     output.line(f"{out}: {end}{len(found.tensors)} tensors, {size(found.bytes)}, id {found.facts['id'][:12]}")
+
+
+def show_adapter(output: Output, title: str, done: LoraExport) -> None:
+    """A LoRA adapter that was written: what it holds, and what not."""
+    groups: dict[str, list[Exported]] = {}
+    for each in done.tensors:
+        groups.setdefault(each.how, []).append(each)
+    rows = []
+    for how, members in groups.items():
+        share = math.sqrt(sum(e.share**2 for e in members if math.isfinite(e.share)))
+        worst = max((e.residual for e in members if math.isfinite(e.residual)), default=0.0)
+        ranks = f"{min(e.rank for e in members)} to {max(e.rank for e in members)}" if members[0].rank else ""
+        rows.append([how, str(len(members)), ranks, f"{share:.1%}", f"{worst:.3g}"])
+    output.table(["as", "#tensors", "#rank", "#of ‖Δ‖", "#largest residual"], rows, title)
+    for note in done.notes:
+        output.line(note)
+    output.line(f"{done.out}: rank {done.rank}, residual {done.residual:.3g} of ‖Δ‖")
 
 
 def show_reading(output: Output, found: list[Inspection], resources: Resources) -> None:

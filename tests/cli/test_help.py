@@ -20,8 +20,10 @@ from weightlab.errors import WeightlabError
 from weightlab.extract.rules import parse_choice
 
 NAMES = COMMANDS.names()
-LEAVES: dict[str, click.Command] = {name: COMMANDS.get(name) for name in NAMES if name not in ("demo", "eval")}
+GROUPS = [name for name in NAMES if isinstance(COMMANDS.get(name), click.Group)]
+LEAVES: dict[str, click.Command] = {name: COMMANDS.get(name) for name in NAMES if name not in ("demo", *GROUPS)}
 LEAVES |= {f"eval {name}": EVALUATIONS.get(name) for name in EVALUATIONS.names()}
+LEAVES |= {f"{g} {name}": leaf for g in GROUPS for name, leaf in getattr(COMMANDS.get(g), "commands", {}).items()}
 EVERYWHERE = ("--json", "--quiet", "--debug", "--dry-run", "--threads", "--memory", "--device", "--help")
 
 

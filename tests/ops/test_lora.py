@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import weightlab as wl
 from tests.adapters.test_peft import bert, gpt2, llama, mixtral, resnet, tied_llama
+from weightlab.encodings.low_rank import factorise
 from weightlab.errors import MisfitError, NamesMismatchError, UsageError
-from weightlab.ops.lora import VLLM_RANKS
+from weightlab.ops import factors
+from weightlab.ops.adapter_out import VLLM_RANKS
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")
 peft: Any = pytest.importorskip("peft", reason="peft is an extra")
@@ -182,3 +184,42 @@ def test_what_makes_no_sense(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not known"):
         wl.lora_export(patch, out, model=tmp_path)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_extraction_goes_on_where_it_stopped(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pair
+    whole = wl.lora_extract(base, tuned, tmp_path / "whole", rank=4, vectors=True)
+    calls: list[int] = []
+
+    def broken(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return factorise(matrix, rank, energy)
+
+    monkeypatch.setattr(factors, "factorise", broken)
+    with pytest.raises(KeyboardInterrupt):
+        wl.lora_extract(base, tuned, tmp_path / "again", rank=4, vectors=True)
+    assert not (tmp_path / "again").exists() and len(list((tmp_path / ".again.lora").iterdir())) == 4
+    done = wl.lora_extract(base, tuned, tmp_path / "again", rank=4, vectors=True)
+    matrices = [e for e in whole.tensors if e.how == "factorised"]
+    assert len(calls) == 5 + len(matrices) - 4 and not (tmp_path / ".again.lora").exists()
+    assert done.tensors == whole.tensors and all(0 < e.residual < 1 for e in matrices)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    errors = closeness(with_adapter(base, tmp_path / "whole"), loaded(tuned), loaded(base))
+    assert max(e for n, e in errors.items() if "norm" in n) < 1e-6 and max(errors.values()) < 1
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_import(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = pair
+    wl.lora_extract(base, tuned, tmp_path / "adapter", rank=4, vectors=True)
+    patch = wl.lora_import(tmp_path / "adapter", tmp_path / "p.safetensors", base=base)
+    wl.apply(base, patch, out=tmp_path / "one")
+    wl.apply(base, tmp_path / "adapter", out=tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[n], t) for n, t in two.items())

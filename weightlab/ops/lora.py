@@ -2,78 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from weightlab.adapters.writing import Factors, adapter_config, adapter_tensors
-from weightlab.encodings.low_rank import factorise
-from weightlab.errors import MisfitError, UsageError
-from weightlab.files.atomic import atomic_folder, refuse_existing, replace_file
-from weightlab.files.small import write_tensors
-from weightlab.networks.layout import Layout, Place, layout_of
+from weightlab.errors import UsageError
+from weightlab.files.atomic import refuse_existing
+from weightlab.networks.layout import layout_of
 from weightlab.networks.made import network_in
-from weightlab.ops.operands import PatchLike, PathLike, base_of, open_patches, reading
-from weightlab.patches.fit import StackEntry, fit
+from weightlab.ops.adapter_out import AdapterWriter, LoraExport
+from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
+from weightlab.ops.factors import FactorStore
+from weightlab.ops.operands import PatchLike, PathLike, base_of, model_path, open_patches
 from weightlab.patches.patch import Patch
-from weightlab.patches.patched_source import DeltaSource, PatchedSource
+from weightlab.patches.virtual import delta_patch
 from weightlab.sources import Source
-from weightlab.stack.guards import clean_view
+from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stream.executor import Resources
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM makes room for (`max_lora_rank`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """One tensor of the patch.
-
-    Attributes:
-        how: `factors` as they were, `factorised`, `values`, or `left out`.
-        rank: of the factors.
-        residual: ‖Δ − what the adapter holds of it‖ / ‖Δ‖, by its own rounding alone where factors were taken over.
-        share: ‖Δ of this tensor‖ / ‖Δ of all‖.
-    """
-
-    name: str
-    how: str
-    rank: int
-    residual: float
-    share: float
-
-
-@dataclass(slots=True)
-class LoraExport:
-    """What was written.
-
-    Attributes:
-        residual: ‖Δ − the adapter's‖ / ‖Δ‖ over all tensors.
-        notes: what the user should know.
-    """
-
-    out: str
-    rank: int
-    tensors: list[Exported] = field(default_factory=list)
-    residual: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
 
 def lora_export(
     patch: PatchLike,
     out: PathLike,
     *,
-    model: PathLike | nn.Module,
+    model: PathLike,
+    network: nn.Module | None = None,
     rank: int | None = None,
     energy: float | None = None,
     vectors: bool = False,
     vllm: bool = False,
     base_name: str | None = None,
+    work: PathLike | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
 ) -> LoraExport:
@@ -82,12 +42,14 @@ def lora_export(
     Args:
         patch: low-rank tensors are taken over as they are; others are factorised.
         out: a new folder.
-        model: a folder with the model's config.json, or the network.
+        model: the model that the patch is for.
+        network: the network, with or without weights; None: by the model's config.json.
         rank, energy: of what has to be factorised; exactly one, unless nothing has to.
         vectors: whether what LoRA cannot hold (norms, biases, stacked experts) is written as values, which needs the
             model's weights; else it is left out, and told.
         vllm: a form that vLLM loads: linear layers only, one rank for all, padded with zeros to one of `VLLM_RANKS`,
             alpha = rank; nothing beside LoRA.
+        work: a folder where factors are kept until all are there, so that a run that was broken off goes on.
 
     Raises:
         UsageError: the network is not known; neither rank nor energy; vllm with vectors.
@@ -100,163 +62,81 @@ def lora_export(
     if rank is not None and energy is not None:
         raise UsageError("rank and energy say the same thing", "give one of them")
     resources = resources or Resources()
-    network = model if isinstance(model, nn.Module) else network_in(model)
-    if network is None:
+    made = network_in(model) if network is None else network
+    if made is None:
         raise UsageError(f"{model}: the network is not known", "give a folder with a config.json of transformers")
     with ExitStack() as stack:
-        base: Source | None = None
-        opening = None if isinstance(model, nn.Module) else base_of(model, wait=wait, resources=resources)
-        (opened,) = open_patches(patch, *([opening] if opening else []))
+        (opened,) = open_patches(patch, base_of(model, wait=wait, resources=resources))
         opened.verify(resources)
-        lossless = [n for n, r in opened.records.items() if r.encoding == "removed" or opened.encoding(n).lossless]
-        if (vectors or lossless) and not isinstance(model, nn.Module):
-            source = stack.enter_context(reading(model, wait=wait))
-            base, _ = stack.enter_context(clean_view(source, resources))
-        writer = _Writer(opened, base, layout_of(network, opened.records), rank, energy, vectors, vllm)
+        base: Source | None = None
+        if vectors or any(r.encoding != "removed" and opened.encoding(n).lossless for n, r in opened.records.items()):
+            base = clean_source(stack, model_path(model), wait, resources)
+        kept = FactorStore(None if work is None else Path(work))
+        writer = AdapterWriter(opened, base, layout_of(made, opened.records), rank, energy, vectors, vllm, kept)
         for name in opened.records:
             writer.take(name)
-        return writer.write(Path(out), base_name)
+        done = writer.write(Path(out), base_name)
+        kept.clear()
+    return done
 
 
-class _Writer:
-    """Gathers what goes into the adapter, tensor by tensor."""
+def lora_extract(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    vectors: bool = False,
+    vllm: bool = False,
+    base_name: str | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> LoraExport:
+    """Writes what a fine-tune changed as a PEFT LoRA adapter for its base.
 
-    def __init__(
-        self,
-        patch: Patch,
-        base: Source | None,
-        network: Layout,
-        rank: int | None,
-        energy: float | None,
-        vectors: bool,
-        vllm: bool,
-    ) -> None:
-        self._patch, self._base, self._network = patch, base, network
-        self._rank, self._energy, self._vectors, self._vllm = rank, energy, vectors, vllm
-        self._modules: dict[str, Factors] = {}
-        self._values: dict[str, Tensor] = {}
-        self._found: list[tuple[str, str, int, float, float]] = []
+    A run that was broken off goes on where it stopped, if it is given the same models and rank: factors are kept in
+    `.OUT.lora` beside the output until all are there.
 
-    def take(self, name: str) -> None:
-        """Decides about one tensor.
-
-        Raises:
-            UsageError: it has to be factorised, and nothing says how far.
-        """
-        place, record = self._network.places[name], self._patch.records[name]
-        plain = record.encoding != "removed" and not record.added and record.base_shape is None
-        kind = place.kind if not self._vllm or place.kind == "linear" else None
-        if not plain or kind is None:
-            self._keep(name, place, plain)
-            return
-        scale = self._patch.exact_scale
-        delta = self._delta(name)
-        if record.encoding == "low_rank":
-            parts = self._patch.parts(name)
-            left, right, how = parts.whole("left").float() * scale, parts.whole("right").float(), "factors"
-        else:
-            if self._rank is None and self._energy is None:
-                raise UsageError(
-                    f"{name} is stored {record.encoding}, so it has to be factorised", "give rank or energy"
-                )
-            matrix = delta.flatten(1)
-            most = min(matrix.shape)
-            left, right = factorise(matrix, None if self._rank is None else min(self._rank, most), self._energy)
-            left, right, how = left.float(), right.float(), "factorised"
-        if place.transposed:
-            left, right, delta = right.T, left.T, delta.T
-        module = place.name.rpartition(".")[0]
-        self._modules[module] = Factors(kind, left, right, place.kernel)
-        rest = delta.flatten(1).double() - left.double() @ right.double()
-        self._found.append((name, how, len(right), float(rest.norm()), float(delta.double().norm())))
-
-    def _delta(self, name: str) -> Tensor:
-        source = DeltaSource([self._patch], self._base, [name])
-        made = source.specs[name].empty()
-        source.read(name, 0, made.reshape(-1).view(torch.uint8))
-        return made
-
-    def _keep(self, name: str, place: Place, plain: bool) -> None:
-        length = float(self._delta(name).double().norm()) if plain else math.nan
-        if not self._vectors:
-            self._found.append((name, "left out", 0, length, length))
-            return
-        if self._patch.records[name].encoding == "removed":
-            raise MisfitError("an adapter cannot take tensors away", "apply the patch instead", [name])
-        self._values[place.name] = torch.empty(0)
-        self._found.append((name, "values", 0, 0.0, length if plain else 0.0))
-
-    def _fill(self) -> None:
-        """Reads the values; those of modules that are kept as a whole as a whole.
-
-        Raises:
-            MisfitError: lists tensors of such modules that are not in the files.
-        """
-        if not self._values:
-            return
-        assert self._base is not None
-        target = PatchedSource(self._base, fit(self._base, [StackEntry(self._patch, self._patch.exact_scale)]))
-        wanted = dict.fromkeys(self._values)
-        for name in self._values:
-            if name.rpartition(".")[0] not in self._modules:
-                wanted |= dict.fromkeys(self._network.module_tensors(name))
-        missing = []
-        for name in wanted:
-            tensor = self._network.tensors[name]
-            made = torch.empty(tensor.shape, dtype=tensor.dtype)
-            for file in self._network.files(name):
-                stored = target.aliases.get(file, file)
-                if stored not in target.specs:
-                    missing.append(file)
-                    continue
-                part = target.specs[stored].empty()
-                target.read(stored, 0, part.reshape(-1).view(torch.uint8))
-                view = self._network.places[file].view
-                inside = view.storage_offset() - tensor.storage_offset()
-                made.as_strided(view.shape, view.stride(), inside).copy_(part)
-            self._values[name] = made
-        if missing:
-            raise MisfitError("tensors of modules that are kept whole are not in the model", "give the model", missing)
-
-    def write(self, out: Path, base_name: str | None) -> LoraExport:
-        """Writes the folder.
-
-        Raises:
-            MisfitError: there is nothing that LoRA holds.
-        """
-        if not self._modules:
-            raise MisfitError(f"{self._patch.label}: nothing in it that LoRA can hold", "apply the patch instead")
-        self._fill()
-        notes = [
-            f"{other} has the weight of {module}, so both have its factors: peft adds them twice when it merges the "
-            "adapter (merge_and_unload), and once, as it should be, when it does not"
-            for module in self._modules
-            for other in self._network.tied.get(module, {})
-        ]
-        self._modules |= {
-            other: replace(factors, kind=kind)
-            for module, factors in self._modules.items()
-            for other, kind in self._network.tied.get(module, {}).items()
-        }
-        if self._vllm:
-            self._modules = _of_one_rank(self._modules)
-        squares = sum(length**2 for *_, length in self._found if math.isfinite(length))
-        whole = math.sqrt(squares) or 1.0
-        rest = math.sqrt(sum(r**2 for *_, r, _ in self._found if math.isfinite(r)))
-        config = adapter_config(self._modules, self._values, short=self._vllm, base_name=base_name)
-        with atomic_folder(out) as folder:
-            write_tensors(folder / "adapter_model.safetensors", adapter_tensors(self._modules, self._values))
-            replace_file(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
-        rows = [
-            Exported(name, how, rank, r / length if length else 0.0, length / whole)
-            for name, how, rank, r, length in self._found
-        ]
-        return LoraExport(str(out), config["r"], rows, rest / whole, notes)
+    Args and what is raised: as for `lora_export`; of the two models every tensor must pair up.
+    """
+    resources, place = resources or Resources(), Path(out)
+    refuse_existing(place)
+    with ExitStack() as stack:
+        models = [clean_source(stack, model_path(model), wait, resources) for model in (tuned, base)]
+        names = shared_names(models)
+        require_shapes(models, names)
+        target, source = models[1], under_target_names(models[0], names, 0)
+        delta = DifferenceSource(target, source, list(names))
+        specs = {name: target.specs[name] for name in names}
+        return lora_export(
+            delta_patch(delta, specs, specs),
+            place,
+            model=base,
+            rank=rank,
+            energy=energy,
+            vectors=vectors,
+            vllm=vllm,
+            base_name=base_name,
+            work=place.absolute().parent / f".{place.name}.lora",
+            wait=wait,
+            resources=resources,
+        )
 
 
-def _of_one_rank(modules: dict[str, Factors]) -> dict[str, Factors]:
-    most = max(factors.rank for factors in modules.values())
-    rank = next((r for r in VLLM_RANKS if r >= most), None)
-    if rank is None:
-        raise UsageError(f"rank {most} is more than vLLM loads ({VLLM_RANKS[-1]})", "choose a lower rank")
-    return {module: factors.padded(rank) for module, factors in modules.items()}
+def lora_import(
+    adapter: PathLike,
+    out: PathLike,
+    *,
+    base: PathLike | None = None,
+    wait: float = 0.0,
+    resources: Resources | None = None,
+) -> Patch:
+    """Writes a PEFT adapter as a patch.
+
+    Args:
+        base: the model it is for; needed where it holds values (`modules_to_save`, biases, trained tokens), and where
+            names or shapes of the files are other than the network's.
+    """
+    (patch,) = open_patches(adapter, base_of(base, wait=wait, resources=resources))
+    return patch.save(out)

@@ -35,7 +35,7 @@ def shared_module(
     """
     import transformers
 
-    state = shared_state(twin, base, wait, resources)
+    state = shared_state(twin, base_of_twin(twin, base, wait, resources), wait, resources)
     config = _configuration(twin)
     name = architecture or (config.architectures or [""])[0]
     known: Any = getattr(transformers, name, None)
@@ -54,8 +54,13 @@ def shared_module(
     return made
 
 
-def shared_state(twin: Twin, base: PathLike | None, wait: float, resources: Resources) -> dict[str, Tensor]:
-    """The tensors of the shared model, under the files' names, in the base's dtypes."""
+def base_of_twin(twin: Twin, base: PathLike | None, wait: float, resources: Resources) -> PathLike:
+    """Where the base is, which is looked at.
+
+    Raises:
+        MissingInputError: it is not where it was.
+        WrongBaseError: it is another than the twin was made from.
+    """
     told = twin.header.base
     if base is None:
         place = twin.path / (told.get("path") or "")
@@ -66,12 +71,19 @@ def shared_state(twin: Twin, base: PathLike | None, wait: float, resources: Reso
     with ExitStack() as stack:
         start = clean_source(stack, model_path(base), wait, resources)
         found = fingerprint(digest_tensors(start, start.specs, resources))
-        if found != told["fingerprint"]:
-            raise WrongBaseError(
-                f"{base} is not the base of {twin.path}",
-                f"give the one that it was made from, {told.get('name') or told.get('path')}",
-                [f"its tensors have the fingerprint {found}, those of the base {told['fingerprint']}"],
-            )
+    if found != told["fingerprint"]:
+        raise WrongBaseError(
+            f"{base} is not the base of {twin.path}",
+            f"give the one that it was made from, {told.get('name') or told.get('path')}",
+            [f"its tensors have the fingerprint {found}, those of the base {told['fingerprint']}"],
+        )
+    return base
+
+
+def shared_state(twin: Twin, base: PathLike, wait: float, resources: Resources) -> dict[str, Tensor]:
+    """The tensors of the shared model, under the files' names, in the base's dtypes."""
+    with ExitStack() as stack:
+        start = clean_source(stack, model_path(base), wait, resources)
         kept = [n for n in start.specs if n not in twin.header.left_out]
         chosen = ChosenSource(start, kept)
         source = PatchedSource(chosen, fit(chosen, [StackEntry(twin.shared, 1.0)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from weightlab_cli.output import Output, size
 
 @click.group()
 def command() -> None:
-    """Several fine-tunes as one model: what they share, what each has beyond it, and who decides (Twin-Merging).
+    """Several fine-tunes as one model, mixed for every input.
 
     \b
     Example:
       weightlab twin split base/ math/ code/ chat/ -o twin/ --compress low_rank:16
       weightlab twin route twin/ --data math=math.jsonl --data code=code.jsonl --data chat=chat.jsonl
+      weightlab twin export twin/ -o served/
     """
 
 
@@ -41,7 +41,7 @@ def command() -> None:
 @click.option("--revision", help="BASE's revision; kept in the header.")
 @options.licence
 @options.allow_nonfinite
-@options.dry_run("Split into temporary storage ($TMPDIR), say what it takes; keep nothing.")
+@options.dry_run(options.DRY_MADE)
 @options.wait
 @options.common
 def split(
@@ -65,14 +65,11 @@ def split(
       weightlab twin split base/ law=lora-7/ tax=lora-9/ -o twin/ --method ties --set density=0.2
     """
     import weightlab as wl
-    from weightlab.files.atomic import refuse_existing
 
-    refuse_existing(out)
     weights = parameters.pop("weight", None)
     chosen |= {"weights": weights if isinstance(weights, list) or weights is None else [weights]}
     chosen["weights"] = None if chosen["weights"] is None else [_number(each) for each in chosen["weights"]]
-    with common.resources() as resources, tempfile.TemporaryDirectory(prefix="weightlab-") as temporary:
-        place = Path(temporary) / "twin" if dry_run else out
+    with common.resources() as resources, options.destination(out, dry_run) as place:
         twin = wl.twin_split(base, experts, place, parameters=parameters, resources=resources, **chosen)
         _show_split(common.output, twin, str(out), wl.inspect(base, norms=False).bytes, dry_run=dry_run)
 
@@ -169,6 +166,39 @@ def route(
     ]
     output.table(["largest weight", "#texts", "#on average", "#right"], rows, f"of {routed.held_out} texts held out")
     output.line(f"{folder}: {kind} router, {routed.accuracy:.1%} of {routed.held_out} texts to the right expert")
+
+
+@command.command()
+@click.argument("folder", type=options.operand, metavar="TWIN")
+@options.out("A new folder: `shared`, and one for each expert.", required=True)
+@click.option("--peft/--vllm", default=True, show_default=True, help="Who is to load the adapters.")
+@click.option("--base", type=options.operand, help="Where the base is now.  [default: where it was]")
+@click.option("--rank", type=click.IntRange(min=1), help="Of parts that are not low-rank already.")
+@click.option("--vectors/--no-vectors", default=True, show_default=True, help="Norms, biases, classifiers as values.")
+@click.option("--architecture", metavar="CLASS", help="The class of transformers.  [default: the experts']")
+@options.dry_run(options.DRY_MADE)
+@options.wait
+@options.common
+def export(common: Common, folder: str, out: Path, peft: bool, dry_run: bool, **chosen: Any) -> None:
+    """Write the shared model as a checkpoint, and each exclusive part as a LoRA adapter for it.
+
+    What a LoRA adapter cannot hold goes along as values (modules_to_save). vLLM takes none of those: they are left out,
+    and the residual says how much that is.
+
+    \b
+    Example:
+      weightlab twin export twin/ -o served/
+      weightlab twin export twin/ -o served/ --vllm
+    """
+    import weightlab as wl
+    from weightlab_cli.reports import show_adapter
+
+    with common.resources() as resources, options.destination(out, dry_run) as place:
+        done = wl.twin_export(folder, place, vllm=not peft, resources=resources, **chosen)
+    common.output.result(done, out=str(out), dry_run=dry_run)
+    for name, adapter in done.adapters.items():
+        show_adapter(common.output, name, adapter)
+    common.output.line(f"{out}/shared: the shared model")
 
 
 def _pairs(data: tuple[str, ...]) -> dict[str, str]:
