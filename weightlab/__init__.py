@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from weightlab.stream.executor import Resources
     from weightlab.twin.export import twin_export
     from weightlab.twin.folder import Twin, open_twin
-    from weightlab.twin.model import TwinModel
+    from weightlab.twin.model import TwinModel, only_largest
     from weightlab.twin.route import route
     from weightlab.twin.routing import save_router
     from weightlab.twin.split import twin_split
@@ -59,6 +59,7 @@ _WHERE = {
     "lora_extract": "weightlab.ops.lora",
     "lora_import": "weightlab.ops.lora",
     "merge": "weightlab.ops.merge",
+    "only_largest": "weightlab.twin.model",
     "open_patch": "weightlab.patches.patch",
     "open_twin": "weightlab.twin.folder",
     "patched": "weightlab.runtime.patched",
@@ -96,6 +97,7 @@ __all__ = [
     "lora_extract",
     "lora_import",
     "merge",
+    "only_largest",
     "open_patch",
     "open_twin",
     "patched",

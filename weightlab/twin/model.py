@@ -163,7 +163,7 @@ class TwinModel(nn.Module):
             return_routing: (output, weights) instead of the output.
         """
         mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
-        with self._mixing(mixture), torch.no_grad():
+        with self.mixing(mixture), torch.no_grad():
             output = self.module(*args, **kwargs)
         return (output, mixture) if return_routing else output
 
@@ -179,7 +179,7 @@ class TwinModel(nn.Module):
         """The module's `generate`; the mixture of a prompt stays to the end of what is generated, for all its beams."""
         mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         module: Any = self.module
-        with self._mixing(mixture), torch.no_grad():
+        with self.mixing(mixture), torch.no_grad():
             output = module.generate(*args, **kwargs)
         return (output, mixture) if return_routing else output
 
@@ -199,7 +199,7 @@ class TwinModel(nn.Module):
         Args:
             responses: also how far inputs of layers lie in the experts' right singular vectors.
         """
-        with self._mixing(None), torch.no_grad():
+        with self.mixing(None), torch.no_grad():
             self._heard = [] if responses else None
             try:
                 hidden, mask = last_hidden(self.module, args, kwargs)
@@ -229,7 +229,8 @@ class TwinModel(nn.Module):
         return mixture.mean(0, keepdim=True) if group else mixture
 
     @contextmanager
-    def _mixing(self, weights: Tensor | None) -> Iterator[None]:
+    def mixing(self, weights: Tensor | None) -> Iterator[None]:
+        """For the length of a block the module takes these mixtures [samples, T]; None: it is the shared model."""
         before, self._weights = self._weights, weights
         try:
             yield
@@ -238,7 +239,7 @@ class TwinModel(nn.Module):
 
     def _for_sample(self, sample: int) -> Any:
         assert self._weights is not None
-        return self._mixing(self._weights[sample : sample + 1])
+        return self.mixing(self._weights[sample : sample + 1])
 
 
 def only_largest(weights: Tensor, count: int) -> Tensor:

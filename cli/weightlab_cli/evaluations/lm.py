@@ -40,7 +40,8 @@ def command(
     """Score a language model by lm_eval, with patches on it in memory.
 
     Every other option is lm_eval's own (`lm_eval run --help`), for instance --tasks, --limit, --num_fewshot. The model
-    is loaded once, and nothing is written but lm_eval's results; what was on is under `config.weightlab` in them.
+    is loaded once, and nothing is written but lm_eval's results; what was on is under `config.weightlab` in them. A
+    twin (`weightlab twin split`) is a model too: its router is asked about the context of each question.
 
     \b
     Example:

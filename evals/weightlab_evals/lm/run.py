@@ -11,6 +11,7 @@ from typing import Any
 from weightlab.errors import UsageError
 from weightlab.ops.operands import PatchesLike, parse_patch
 from weightlab_evals.lm.model import CLEAN, WeightlabLM
+from weightlab_evals.lm.twin import folder_is_twin
 
 
 def evaluate(model: WeightlabLM, stacks: Sequence[PatchesLike], **options: Any) -> list[dict[str, Any]]:
@@ -51,11 +52,15 @@ def run_cli(
     Raises:
         UsageError: lm_eval does not take these arguments.
     """
+    twin = folder_is_twin(model)
+    if twin and any(stacks):
+        raise UsageError(f"{model} is a twin, which has no patches on", "score it without --patch")
     if "," in model:
         raise UsageError(f"{model}: lm_eval splits its arguments at commas", "give a path without one")
     from lm_eval.__main__ import cli_evaluate
 
-    words = ["lm-eval", "run", "--model", "weightlab", "--model_args", f"pretrained={model}", *arguments]
+    kind = "weightlab-twin" if twin else "weightlab"
+    words = ["lm-eval", "run", "--model", kind, "--model_args", f"pretrained={model}", *arguments]
     names: list[str] = []
     with WeightlabLM.kept() as kept:
         for patches in stacks:
