@@ -91,6 +91,7 @@ def test_rows_with_two_contexts(twin: Path) -> None:
 
     loaded = TwinLM(pretrained=str(twin), weights=[0.0, 0.0], batch_size=4, device="cpu")
     requests = [(("", ""), [3, 4], [5, 6]), (("", ""), [3], [4, 5, 6]), (("", ""), [3, 4], [5, 7])]
+    requests += [(("", ""), [3], [4, 5, 0, 0, 6])]  # its first three tokens, and what others are padded with
     mixtures = {(3, 4): torch.tensor([1.0, 0.0]), (3,): torch.tensor([0.0, 1.0])}
     loaded._contexts = dict(mixtures)
     answers = loaded._loglikelihood_tokens(requests, disable_tqdm=True)
