@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weightlab as wl
+from weightlab.errors import MisfitError
 from weightlab.networks.names import file_tensors
 from weightlab.twin.model import TwinModel
 
@@ -59,7 +60,12 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-def words(**more: Any) -> dict[str, Tensor]:
+def t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def words(**more: Any) -> dict[str, Any]:
     """Seven samples of other lengths."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 99, (7, 9), generator=generator)
@@ -71,12 +77,13 @@ def images(name: str) -> dict[str, Tensor]:
     return {name: torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "bert": (bert, words()),
     "llama": (llama, words()),
     "gpt2": (gpt2, words()),
     "vit": (vit, images("pixel_values")),
     "mixtral": (mixtral, words()),
+    "t5": (t5, words(decoder_input_ids=torch.arange(28).view(7, 4) % 50, use_cache=False)),
     "convolutions": (Convolutions, images("images")),
 }
 
@@ -86,7 +93,10 @@ def twin_of(make: Callable[[], nn.Module], place: Path, compress: str, experts: 
     torch.manual_seed(0)
     base = make().eval()
     names = [n for n, t in file_tensors(base).items() if t.is_floating_point()]
-    tied = {"lm_head.weight"} if getattr(getattr(base, "config", None), "tie_word_embeddings", False) else set()
+    first: dict[int, str] = {}
+    for name, tensor in sorted(file_tensors(base).items(), key=lambda item: item[0] in ("lm_head.weight",)):
+        first.setdefault(tensor.data_ptr(), name)
+    tied = file_tensors(base).keys() - first.values()
     folders = []
     for number in range(experts + 1):
         generator = torch.Generator().manual_seed(number)
@@ -108,12 +118,12 @@ def logits(output: Any) -> Tensor:
     return found
 
 
-def merged_sample_by_sample(module: nn.Module, twin: wl.Twin, weights: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def merged_sample_by_sample(module: nn.Module, twin: wl.Twin, weights: Tensor, batch: dict[str, Any]) -> Tensor:
     """Every sample by a model of its own, and alone."""
     rows = []
     for sample, own in enumerate(weights):
         patches = [twin.exclusive[name] * float(w) for name, w in zip(twin.names, own, strict=True)]
-        values = {key: value[sample : sample + 1] for key, value in batch.items()}
+        values = {k: v[sample : sample + 1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         with merged(module, patches), torch.no_grad():
             rows.append(logits(module(**values)))
     return torch.cat(rows)
@@ -153,7 +163,22 @@ def test_equals_merged_weights(tmp_path: Path, case: str, compress: str) -> None
         plain = logits(module(**batch))
     model = TwinModel(module, twin)
     found = logits(model(**batch, weights=WEIGHTS))
-    seen = batch["attention_mask"].bool() if "attention_mask" in batch and found.ndim == 3 else ...
+    seen = batch["attention_mask"].bool() if "attention_mask" in batch and found.shape[:2] == (7, 9) else ...
     difference = float((found - meant)[seen].norm() / meant[seen].norm())
     assert difference < 1e-4 and float((plain - meant)[seen].norm() / meant[seen].norm()) > 0.01, difference
-    assert torch.equal(logits(module(**batch)), plain)  # without weights the shared model is as it was
+    with torch.no_grad():
+        assert torch.equal(logits(module(**batch)), plain)  # without weights the shared model is as it was
+
+
+def test_t5_in_which_places_are_as_many_as_samples(tmp_path: Path) -> None:
+    module, twin = twin_of(t5, tmp_path, "low_rank:4")
+    ids = torch.arange(49).view(7, 7) + 3
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
+    meant = merged_sample_by_sample(module, twin, WEIGHTS, batch)
+    model = TwinModel(module, twin)
+    found = logits(model(**batch, weights=WEIGHTS))
+    assert float((found - meant).norm() / meant.norm()) < 1e-4
+    with pytest.raises(MisfitError, match="holds all samples"):
+        model(**{**batch, "use_cache": True}, weights=WEIGHTS)
+    together = logits(model(**{**batch, "use_cache": True}, weights=WEIGHTS, group=True))
+    assert together.shape == found.shape

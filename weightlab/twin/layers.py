@@ -170,9 +170,9 @@ def again(
         weights: [samples, T].
         for_sample: a context manager in which layers inside this one take the mixture of one sample.
     """
-    state: dict[str, Tensor] = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
+    state: dict[str, Tensor] = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    rows = len(tensors[0]) if tensors else 0
     alone = not kwargs and len(args) == 1 and not any(True for _ in layer.children())
     if alone and rows and all(state[n].ndim == 1 for n in parts):
         own = of_rows(weights, max(rows, len(weights)), name)
@@ -180,23 +180,30 @@ def again(
         given = args[0].expand(max(rows, len(weights)), *args[0].shape[1:])
         rest = {n: t for n, t in state.items() if n not in parts}
         return vmap(lambda m, x: functional_call(layer, {**rest, **m}, (x[None],))[0])(merged, given)
+    if len(weights) == 1:
+        return functional_call(layer, _merged(state, parts, weights[0]), args, kwargs)
+    cached = [key for key, value in kwargs.items() if hasattr(value, "get_seq_length")]
+    if not rows or cached:
+        what = f"takes {cached[0]}, which holds all samples" if cached else "takes no tensor that has samples"
+        raise MisfitError(f"{name}: {what}", "route by group (group=True), or one sample at a time")
     found = []
     for sample, own in enumerate(weights):
-        values = {
-            n: (state[n] + part.mixed(own.float(), state[n].shape)).to(state[n].dtype) for n, part in parts.items()
-        }
         mine = (_sliced(value, sample, len(weights), rows, name) for value in args)
         named = {key: _sliced(value, sample, len(weights), rows, name) for key, value in kwargs.items()}
         with for_sample(sample):
-            found.append(functional_call(layer, values, tuple(mine), named))
+            found.append(functional_call(layer, _merged(state, parts, own), tuple(mine), named))
     return _together(found)
 
 
+def _merged(state: Mapping[str, Tensor], parts: Mixture, weights: Tensor) -> dict[str, Tensor]:
+    return {n: (state[n] + part.mixed(weights.float(), state[n].shape)).to(state[n].dtype) for n, part in parts.items()}
+
+
 def _sliced(value: Any, sample: int, samples: int, rows: int, name: str) -> Any:
-    """One sample's rows of an argument that has rows for all."""
+    """One sample's rows of an argument that has rows for all. What has one dimension is places, and no samples."""
     if isinstance(value, tuple | list):
         return type(value)(_sliced(each, sample, samples, rows, name) for each in value)
-    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows or rows == 1:
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != rows or rows == 1:
         return value
     if rows % samples:
         raise MisfitError(

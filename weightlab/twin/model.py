@@ -22,6 +22,9 @@ from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
 from weightlab.twin.routing import open_router
 
+_WITHOUT_SAMPLES = ("relative_attention_bias",)
+"""Layers (of T5 and its like) that are asked about places, once for all samples: what has them is asked anew."""
+
 
 class _Layer:
     """One layer with parts, as a forward hook."""
@@ -109,8 +112,11 @@ class TwinModel(nn.Module):
         for place, layer in module.named_modules():
             own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
             mine = {name: by_tensor[id(tensor)] for name, tensor in own if id(tensor) in by_tensor}
-            if mine:
-                layers[place] = mine
+            owner, _, last = place.rpartition(".")
+            if mine and last in _WITHOUT_SAMPLES:
+                layers.setdefault(owner, {}).update({f"{last}.{name}": part for name, part in mine.items()})
+            elif mine:
+                layers.setdefault(place, {}).update(mine)
         for place, mine in layers.items():
             layer = module.get_submodule(place)
             layer.register_forward_hook(_Layer(self, place, layer, mine), with_kwargs=True, prepend=True)
