@@ -15,7 +15,7 @@ from weightlab.errors import UsageError
 from weightlab.ops.operands import PathLike
 from weightlab.stream.executor import Resources
 from weightlab.twin.folder import Twin, open_twin
-from weightlab.twin.layers import Addition, addition, again, of_rows
+from weightlab.twin.layers import addition, again, of_rows
 from weightlab.twin.loading import shared_module
 from weightlab.twin.observing import input_width, last_hidden, pooled, right_vectors
 from weightlab.twin.parts import Parts, parts_on
@@ -27,26 +27,37 @@ _WITHOUT_SAMPLES = ("relative_attention_bias",)
 
 
 class _Layer:
-    """One layer with parts, as a forward hook."""
+    """One layer with parts: a forward hook that adds to what it gives; or, for others, what is called in its place."""
 
-    def __init__(self, owner: TwinModel, name: str, layer: nn.Module, parts: dict[str, Parts]) -> None:
+    def __init__(self, owner: TwinModel, name: str, layer: Any, parts: dict[str, Parts]) -> None:
         self._owner, self._name, self.parts = owner, name, parts
-        self._add: Addition | None = addition(layer, parts)
         self._inside = False
         self._vectors: list[Tensor] | None = None
+
+        add = addition(layer, parts)
+        if add is not None:
+            self._add = add
+            layer.register_forward_hook(self, with_kwargs=True, prepend=True)
+        else:
+            self._layer, self._forward = layer, layer.forward
+            layer.forward = self._instead
+
+    def _instead(self, *args: Any, **kwargs: Any) -> Any:
+        weights = self._owner._weights
+        if weights is None or self._inside:
+            return self._forward(*args, **kwargs)
+        self._inside = True
+        try:
+            return again(self._layer, self.parts, weights, args, kwargs, self._owner._for_sample, self._name)
+        finally:
+            self._inside = False
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._owner._heard is not None:
             self._listen(layer, args)
         weights = self._owner._weights
-        if weights is None or self._inside:
+        if weights is None:
             return None
-        if self._add is None:
-            self._inside = True
-            try:
-                return again(layer, self.parts, weights, args, kwargs, self._owner._for_sample, self._name)
-            finally:
-                self._inside = False
         given = args[0] if args else next(iter(kwargs.values()))
         shared = len(given) == 1 or (isinstance(layer, nn.Embedding) and given.ndim == 1)
         rows = weights if shared else of_rows(weights, len(given), self._name)
@@ -64,7 +75,7 @@ class _Layer:
     def _listen(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Notes how far the input lies in each expert's right singular vectors."""
         part = self.parts.get("weight")
-        if part is None or part.owner is None or self._add is None or isinstance(layer, nn.Embedding) or not args:
+        if part is None or part.owner is None or isinstance(layer, nn.Embedding) or not args:
             return
         given: Tensor = args[0]
         if given.ndim < 2 or given.shape[-1] != input_width(layer):
@@ -118,8 +129,7 @@ class TwinModel(nn.Module):
             elif mine:
                 layers.setdefault(place, {}).update(mine)
         for place, mine in layers.items():
-            layer = module.get_submodule(place)
-            layer.register_forward_hook(_Layer(self, place, layer, mine), with_kwargs=True, prepend=True)
+            _Layer(self, place, module.get_submodule(place), mine)
 
     @classmethod
     def from_pretrained(
