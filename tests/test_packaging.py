@@ -33,7 +33,7 @@ class Built(NamedTuple):
 # Used where the user has it, and no extra asks for it: its torchvision is made for one torch each.
 BROUGHT = {"timm"}
 # A subclass of an extra's class; only imported where that extra is asked for.
-ON_REQUEST = {"weightlab_evals/lm/model.py", "weightlab_evals/transfer/gaps.py"}
+ON_REQUEST = {"weightlab_evals/lm/model.py", "weightlab_evals/lm/twin.py", "weightlab_evals/transfer/gaps.py"}
 
 
 @pytest.fixture(scope="module")
