@@ -54,6 +54,28 @@ def shared_module(
     return made
 
 
+def fill(module: nn.Module, twin: Twin, base: PathLike | None, wait: float, resources: Resources) -> None:
+    """Gives a network of any kind the weights of the shared model; what experts bring along becomes zero.
+
+    Raises:
+        NamesMismatchError: lists the tensors in which they differ.
+        MissingInputError, WrongBaseError: see `base_of_twin`.
+    """
+    state = shared_state(twin, base_of_twin(twin, base, wait, resources), wait, resources)
+    state |= {name: torch.zeros(shape) for name, shape in _widest_heads(twin).items()}
+    wanted = dict(module.state_dict(keep_vars=True))
+    wrong = [
+        f"{n}: {list(t.shape)} in the network, {list(state[n].shape)} in the twin"
+        for n, t in wanted.items()
+        if n in state and t.shape != state[n].shape
+    ]
+    wrong += [f"{n}: not in the twin" for n in wanted if n not in state]
+    wrong += [f"{n}: not in the network" for n in state if n not in wanted]
+    if wrong:
+        raise NamesMismatchError(f"{twin.path} is no twin of {type(module).__name__}", "give its network", wrong)
+    module.load_state_dict(state)
+
+
 def base_of_twin(twin: Twin, base: PathLike | None, wait: float, resources: Resources) -> PathLike:
     """Where the base is, which is looked at.
 

@@ -16,7 +16,7 @@ from weightlab.ops.operands import PathLike
 from weightlab.stream.executor import Resources
 from weightlab.twin.folder import Twin, open_twin
 from weightlab.twin.layers import addition, again, of_rows
-from weightlab.twin.loading import shared_module
+from weightlab.twin.loading import fill, shared_module
 from weightlab.twin.observing import input_width, last_hidden, pooled, right_vectors
 from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
@@ -156,6 +156,28 @@ class TwinModel(nn.Module):
         """
         twin = open_twin(Path(folder))
         return cls(shared_module(twin, base, architecture, dtype, wait, resources or Resources()), twin)
+
+    @classmethod
+    def over(
+        cls,
+        module: nn.Module,
+        twin: Twin,
+        base: PathLike | None = None,
+        *,
+        wait: float = 0.0,
+        resources: Resources | None = None,
+    ) -> TwinModel:
+        """Loads a twin into a network of any kind, whatever weights that has.
+
+        Args:
+            module: its state dict has the names of the base's tensors, and of those that experts bring along.
+            base: as for `from_pretrained`.
+
+        Raises:
+            NamesMismatchError: lists the tensors in which they differ; others as for `from_pretrained`.
+        """
+        fill(module, twin, base, wait, resources or Resources())
+        return cls(module, twin)
 
     @property
     def device(self) -> torch.device:

@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import weightlab as wl
 from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
 from weightlab.networks.made import network_of
 from weightlab.ops.operands import reading
+from weightlab.twin.folder import HEADER, open_twin
 from weightlab_evals.images.data import Image, Images
 
 
@@ -73,7 +75,8 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
     """The classifier at a path.
 
     Args:
-        model: a folder that transformers or timm can load; or with `reference` any checkpoint of that network.
+        model: a folder that transformers or timm can load, or a twin; or with `reference` any checkpoint of that
+            network. A twin's router is asked about every image.
         reference: `package.module:function` that makes the network. It takes RGB in 0..1, [N, 3, H, W], unless it has
             a function `preprocess` from uint8 [N, H, W, 3] to its input.
 
@@ -81,8 +84,9 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         MissingInputError, UsageError: it is no such model, or transformers or timm is not installed.
         NamesMismatchError: lists the tensors in which network and checkpoint differ.
     """
+    twin = open_twin(Path(model)) if (Path(model) / HEADER).is_file() else None
     if reference is not None:
-        return _made(model, reference, key)
+        return _made(model, reference, key, twin)
     config = Path(model) / "config.json"
     if not config.is_file():
         raise MissingInputError(
@@ -99,7 +103,10 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
     except ImportError as error:
         raise UsageError("this needs transformers", "pip install 'weightlab[vision]'") from error
     try:
-        module = AutoModelForImageClassification.from_pretrained(model, local_files_only=True).eval()
+        if twin is not None:
+            module: Any = wl.TwinModel.from_pretrained(model)
+        else:
+            module = AutoModelForImageClassification.from_pretrained(model, local_files_only=True).eval()
     except (ValueError, OSError) as error:
         raise InputError(f"{model}: transformers cannot load it as an image classifier: {error}") from error
     try:
@@ -112,7 +119,8 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         values: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
         return values
 
-    return Classifier(module, prepare, {str(k): int(v) for k, v in module.config.label2id.items()})
+    network = module if twin is None else module.module
+    return Classifier(module, prepare, {str(k): int(v) for k, v in network.config.label2id.items()})
 
 
 def _of_timm(model: str, config: Mapping[str, Any], key: str | None) -> Classifier:
@@ -137,10 +145,14 @@ def _of_timm(model: str, config: Mapping[str, Any], key: str | None) -> Classifi
     return Classifier(module, prepare, {name: place for place, name in enumerate(config.get("label_names") or ())})
 
 
-def _made(model: str, reference: str, key: str | None) -> Classifier:
+def _made(model: str, reference: str, key: str | None, twin: wl.Twin | None) -> Classifier:
     module = network_of(reference).eval()
-    _load(module, model, reference, key)
-    own: Callable[[Tensor], Tensor] | None = getattr(module, "preprocess", None)
+    if twin is None:
+        _load(module, model, reference, key)
+    else:
+        module = wl.TwinModel.over(module, twin)
+    network: Any = module if twin is None else module.module
+    own: Callable[[Tensor], Tensor] | None = getattr(network, "preprocess", None)
 
     def prepare(images: Sequence[Image]) -> Tensor:
         stacked = torch.from_numpy(np.stack(images))
