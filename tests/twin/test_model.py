@@ -36,6 +36,26 @@ class Convolutions(nn.Module):
         return found
 
 
+class Attention(nn.Module):
+    """torch's own attention, which uses weights without calling their layers."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=batch_first)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.head(self.body(values, mask=mask).mean(1))
+        return found
+
+
+def values(places: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.triu(torch.full((places, places), -torch.inf), 1)
+    return {"values": torch.randn(7, places, 24, generator=generator), "mask": mask}
+
+
 def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=99, num_labels=4, **SMALL))
 
@@ -85,6 +105,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "mixtral": (mixtral, words()),
     "t5": (t5, words(decoder_input_ids=torch.arange(28).view(7, 4) % 50, use_cache=False)),
     "convolutions": (Convolutions, images("images")),
+    "attention": (Attention, values(5)),
+    "attention to as many places as samples": (Attention, values(7)),
 }
 
 
@@ -123,9 +145,9 @@ def merged_sample_by_sample(module: nn.Module, twin: wl.Twin, weights: Tensor, b
     rows = []
     for sample, own in enumerate(weights):
         patches = [twin.exclusive[name] * float(w) for name, w in zip(twin.names, own, strict=True)]
-        values = {k: v[sample : sample + 1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        mine = {k: v[sample : sample + 1] if isinstance(v, Tensor) and k != "mask" else v for k, v in batch.items()}
         with merged(module, patches), torch.no_grad():
-            rows.append(logits(module(**values)))
+            rows.append(logits(module(**mine)))
     return torch.cat(rows)
 
 
@@ -182,3 +204,39 @@ def test_t5_in_which_places_are_as_many_as_samples(tmp_path: Path) -> None:
         model(**{**batch, "use_cache": True}, weights=WEIGHTS)
     together = logits(model(**{**batch, "use_cache": True}, weights=WEIGHTS, group=True))
     assert together.shape == found.shape
+
+
+def test_samples_that_do_not_come_first_are_refused(tmp_path: Path) -> None:
+    module, twin = twin_of(lambda: Attention(batch_first=False), tmp_path, "low_rank:4")
+    with pytest.raises(MisfitError, match="do not come first"):
+        TwinModel(module, twin)(torch.randn(7, 7, 24), weights=WEIGHTS)
+
+
+class Quiet(nn.Module):
+    """Uses one layer without calling it, and has another that it does not use."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.uses = uses
+        self.first, self.quiet, self.head = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 20)
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = self.first(values)
+        if self.uses:
+            hidden = torch.nn.functional.linear(hidden, self.quiet.weight)
+        found: Tensor = self.head(hidden)
+        return found
+
+
+def test_layers_that_are_used_without_being_called(tmp_path: Path) -> None:
+    for uses in (False, True):
+        module, twin = twin_of(lambda uses=uses: Quiet(uses), tmp_path / str(uses), "low_rank:4")  # type: ignore[misc]
+        before = {n: t.clone() for n, t in module.state_dict().items()}
+        model = TwinModel(module, twin)
+        if uses:
+            with pytest.raises(MisfitError, match="without calling them") as error:
+                model(torch.randn(7, 24), weights=WEIGHTS)
+            assert list(error.value.offenders) == ["quiet"]
+        else:
+            assert bool(torch.isfinite(model(torch.randn(7, 24), weights=WEIGHTS)).all())
+        assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())

@@ -23,6 +23,9 @@ from torch.nn import functional
 from weightlab.errors import MisfitError
 from weightlab.twin.parts import Parts
 
+_PLACES = frozenset(("attn_mask",))
+"""Arguments that are about places, and the same for all samples, though there may be as many places as samples."""
+
 Mixture = Mapping[str, Parts]
 """{the layer's own name of a tensor: what experts add to it}."""
 Addition = Callable[[Any, Mixture, Tensor, Tensor, Tensor], Tensor]
@@ -183,16 +186,35 @@ def again(
     if len(weights) == 1:
         return functional_call(layer, _merged(state, parts, weights[0]), args, kwargs)
     cached = [key for key, value in kwargs.items() if hasattr(value, "get_seq_length")]
+    if isinstance(layer, nn.MultiheadAttention):
+        _require_samples_first(layer, args, kwargs, name)
     if not rows or cached:
         what = f"takes {cached[0]}, which holds all samples" if cached else "takes no tensor that has samples"
         raise MisfitError(f"{name}: {what}", "route by group (group=True), or one sample at a time")
     found = []
     for sample, own in enumerate(weights):
         mine = (_sliced(value, sample, len(weights), rows, name) for value in args)
-        named = {key: _sliced(value, sample, len(weights), rows, name) for key, value in kwargs.items()}
+        named = {
+            key: value if key in _PLACES else _sliced(value, sample, len(weights), rows, name)
+            for key, value in kwargs.items()
+        }
         with for_sample(sample):
             found.append(functional_call(layer, _merged(state, parts, own), tuple(mine), named))
     return _together(found)
+
+
+def _require_samples_first(
+    layer: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> None:
+    """Raises:
+    MisfitError: its inputs do not lie as samples, places, features; or its masks are not for all samples alike.
+    """
+    mask = args[5] if len(args) > 5 else kwargs.get("attn_mask")
+    if not layer.batch_first or args[0].ndim != 3 or (mask is not None and (mask.ndim != 2 or len(args) > 5)):
+        raise MisfitError(
+            f"{name}: an attention whose samples do not come first, or with a mask for each of them",
+            "route by group (group=True), or one sample at a time",
+        )
 
 
 def _merged(state: Mapping[str, Tensor], parts: Mixture, weights: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,83 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from weightlab.errors import UsageError
 from weightlab.ops.operands import PathLike
 from weightlab.stream.executor import Resources
 from weightlab.twin.folder import Twin, open_twin
-from weightlab.twin.layers import addition, again, of_rows
+from weightlab.twin.layer import Layer
 from weightlab.twin.loading import fill, shared_module
-from weightlab.twin.observing import input_width, last_hidden, pooled, right_vectors
+from weightlab.twin.observing import last_hidden, pooled, require_no_say
 from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
 from weightlab.twin.routing import open_router
 
 _WITHOUT_SAMPLES = ("relative_attention_bias",)
 """Layers (of T5 and its like) that are asked about places, once for all samples: what has them is asked anew."""
-
-
-class _Layer:
-    """One layer with parts: a forward hook that adds to what it gives; or, for others, what is called in its place."""
-
-    def __init__(self, owner: TwinModel, name: str, layer: Any, parts: dict[str, Parts]) -> None:
-        self._owner, self._name, self.parts = owner, name, parts
-        self._inside = False
-        self._vectors: list[Tensor] | None = None
-
-        add = addition(layer, parts)
-        if add is not None:
-            self._add = add
-            layer.register_forward_hook(self, with_kwargs=True, prepend=True)
-        else:
-            self._layer, self._forward = layer, layer.forward
-            layer.forward = self._instead
-
-    def _instead(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self._owner._weights
-        if weights is None or self._inside:
-            return self._forward(*args, **kwargs)
-        self._inside = True
-        try:
-            return again(self._layer, self.parts, weights, args, kwargs, self._owner._for_sample, self._name)
-        finally:
-            self._inside = False
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._owner._heard is not None:
-            self._listen(layer, args)
-        weights = self._owner._weights
-        if weights is None:
-            return None
-        given = args[0] if args else next(iter(kwargs.values()))
-        shared = len(given) == 1 or (isinstance(layer, nn.Embedding) and given.ndim == 1)
-        rows = weights if shared else of_rows(weights, len(given), self._name)
-        classes = next((part.classes for part in self.parts.values() if part.classes), None)
-        if classes is None:
-            return self._add(layer, self.parts, rows.to(output.dtype), given, output)
-        # Classes of several classifiers have nothing in common: the one of the largest weight says which there are.
-        said = rows.argmax(1)
-        alone = functional.one_hot(said, rows.shape[1]).to(output.dtype)
-        output = self._add(layer, self.parts, alone, given, output)
-        there = torch.tensor([classes[expert] for expert in said.tolist()], device=output.device)
-        beyond = torch.arange(output.shape[-1], device=output.device) >= there.view(-1, *(1,) * (output.ndim - 1))
-        return output.masked_fill(beyond, float("-inf"))
-
-    def _listen(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Notes how far the input lies in each expert's right singular vectors."""
-        part = self.parts.get("weight")
-        if part is None or part.owner is None or isinstance(layer, nn.Embedding) or not args:
-            return
-        given: Tensor = args[0]
-        if given.ndim < 2 or given.shape[-1] != input_width(layer):
-            return
-        if self._vectors is None:
-            self._vectors = right_vectors(layer, part, len(self._owner.names))
-        given = given.float()
-        inside = torch.stack([(given @ vectors).square().sum(-1) for vectors in self._vectors], -1)
-        assert self._owner._heard is not None
-        self._owner._heard.append(inside / given.square().sum(-1, keepdim=True).clamp_min(1e-30))
 
 
 class TwinModel(nn.Module):
@@ -114,6 +52,8 @@ class TwinModel(nn.Module):
         self.names = twin.names
         self._weights: Tensor | None = None
         self._heard: list[Tensor] | None = None
+        self._asked: set[str] = set()
+        self._looked = False
         self.router = open_router(twin)
         heads = {name for expert in twin.names for name in twin.heads(expert)}
         found = parts_on(module, list(twin.exclusive.values()), heads)
@@ -124,12 +64,14 @@ class TwinModel(nn.Module):
             own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
             mine = {name: by_tensor[id(tensor)] for name, tensor in own if id(tensor) in by_tensor}
             owner, _, last = place.rpartition(".")
-            if mine and last in _WITHOUT_SAMPLES:
+            inner = isinstance(module.get_submodule(owner), nn.MultiheadAttention)  # which never calls it
+            if mine and (inner or last in _WITHOUT_SAMPLES):
                 layers.setdefault(owner, {}).update({f"{last}.{name}": part for name, part in mine.items()})
             elif mine:
                 layers.setdefault(place, {}).update(mine)
+        self._layers = layers
         for place, mine in layers.items():
-            _Layer(self, place, module.get_submodule(place), mine)
+            Layer(self, place, module.get_submodule(place), mine)
 
     @classmethod
     def from_pretrained(
@@ -203,6 +145,7 @@ class TwinModel(nn.Module):
         mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         with self.mixing(mixture), torch.no_grad():
             output = self.module(*args, **kwargs)
+        self._look(args, kwargs)
         return (output, mixture) if return_routing else output
 
     def generate(
@@ -219,6 +162,8 @@ class TwinModel(nn.Module):
         module: Any = self.module
         with self.mixing(mixture), torch.no_grad():
             output = module.generate(*args, **kwargs)
+        known = inspect.signature(module.forward).parameters
+        self._look(args, {name: value for name, value in kwargs.items() if name in known})
         return (output, mixture) if return_routing else output
 
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -249,6 +194,13 @@ class TwinModel(nn.Module):
         if not heard:
             raise UsageError("no linear layer has low-rank parts", "choose another router, or compress low_rank")
         return Observed(pooled(hidden, mask), torch.stack([pooled(each, mask) for each in heard]).mean(0))
+
+    def _look(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Once: makes sure that layers which were not asked have no say either."""
+        if not self._looked:
+            with self.mixing(None), torch.no_grad():
+                require_no_say(self.module, self._layers, self._asked, args, kwargs)
+            self._looked = True
 
     def _mixture(self, weights: Tensor | Sequence[Any], top_k: int | None, group: bool) -> Tensor:
         mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)

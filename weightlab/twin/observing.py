@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,3 +83,61 @@ def right_vectors(layer: nn.Module, part: Parts, experts: int) -> list[Tensor]:
         columns = inner[:, part.owner == expert].float()
         found.append(torch.linalg.qr(columns).Q if columns.shape[1] else columns)
     return found
+
+
+def require_no_say(
+    module: nn.Module,
+    layers: Mapping[str, Mapping[str, Parts]],
+    asked: Collection[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Makes sure that layers with parts which were not called have no say in what a network gives.
+
+    A network can use a layer's weights without calling it; then its parts would be left out in silence. So the weights
+    of such layers, unless they are also those of one that was called, become NaN for one more pass.
+
+    Args:
+        layers: {layer: {its name of a tensor: what experts add to it}}.
+        asked: those that were called.
+
+    Raises:
+        MisfitError: lists those layers, of which one at least has a say.
+    """
+    tensors: dict[str, list[Tensor]] = {}
+    for name, parts in layers.items():
+        layer = module.get_submodule(name)
+        state = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        tensors[name] = [state[own] for own in parts if state[own].is_floating_point()]
+    known = {id(tensor) for name in asked for tensor in tensors[name]}
+    silent = {n: [t for t in own if id(t) not in known] for n, own in tensors.items() if n not in asked}
+    silent = {name: own for name, own in silent.items() if own}
+    if not silent:
+        return
+    changed = [tensor.data for own in silent.values() for tensor in own]
+    before = [tensor.clone() for tensor in changed]
+    try:
+        for tensor in changed:
+            tensor.fill_(float("nan"))
+        found = [t for t in _tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
+    finally:
+        for tensor, values in zip(changed, before, strict=True):
+            tensor.copy_(values)
+    if any(bool(torch.isnan(tensor).any()) for tensor in found):
+        raise MisfitError(
+            f"{type(module).__name__} uses layers without calling them, so their parts cannot be added",
+            "merge the parts: weightlab apply, or wl.patched",
+            list(silent),
+        )
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    """All tensors of what a network gives."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors_in(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors_in(value)
