@@ -232,7 +232,7 @@ def test_renamed_prefixes() -> None:
     [
         ({"allow": ["add"]}, "choose from added, removed, rows"),
         ({"allow": "everything"}, "'everything'"),
-        ({"base_name": "/home/me/model"}, "ORG/NAME"),
+        ({"base_name": "/models/base"}, "ORG/NAME"),
         ({"base_name": "../base"}, "ORG/NAME"),
         ({"base_name": "a/b/c"}, "ORG/NAME"),
         ({"encode": ["*nrom*=dense"]}, "match no tensor"),

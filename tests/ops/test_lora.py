@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import weightlab as wl
 from tests.adapters.test_peft import bert, gpt2, llama, mixtral, resnet, tied_llama
 from weightlab.encodings.low_rank import factorise
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.errors import MisfitError, NamesMismatchError, UsageError, WrongBaseError
 from weightlab.ops import factors
 from weightlab.ops.adapter_out import VLLM_RANKS
 
@@ -223,3 +223,12 @@ def test_import(pair: tuple[Path, Path], tmp_path: Path) -> None:
     wl.apply(base, tmp_path / "adapter", out=tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[n], t) for n, t in two.items())
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_an_exact_patch_of_another_base_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = pair
+    patch = wl.diff(tuned, base)
+    with pytest.raises(WrongBaseError):
+        wl.lora_export(patch, tmp_path / "adapter", model=base, rank=2)
+    assert not (tmp_path / "adapter").exists()

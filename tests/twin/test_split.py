@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weightlab as wl
-from weightlab.errors import IntegrityError, MisfitError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.errors import (
+    IntegrityError,
+    MisfitError,
+    MissingInputError,
+    NamesMismatchError,
+    UsageError,
+    WrongBaseError,
+)
 
 State = dict[str, Tensor]
 
@@ -181,3 +188,11 @@ def test_a_folder_that_is_not_whole(models: list[Path], tmp_path: Path) -> None:
         wl.open_twin(twin.path)
     with pytest.raises(MissingInputError, match="no twin"):
         wl.open_twin(base)
+
+
+def test_an_exact_patch_of_another_base_is_refused(models: list[Path], tmp_path: Path) -> None:
+    base, one, two, _ = models
+    wl.diff(one, two, tmp_path / "elsewhere.safetensors", include=["layer.weight"])
+    with pytest.raises(WrongBaseError):
+        wl.twin_split(base, [one, tmp_path / "elsewhere.safetensors"], tmp_path / "twin")
+    assert not (tmp_path / "twin").exists()

@@ -115,7 +115,8 @@ def compose(
             merged = ComputedSource(method, deltas.specs, merging.begin(deltas, settings))
         if to_exact:
             assert source is not None
-            virtual = delta_patch(merged, {n: source.specs[n] for n in specs}, {n: source.specs[n] for n in specs})
+            there = {n: source.specs.get(source.aliases.get(n, n), spec) for n, spec in specs.items()}
+            virtual = delta_patch(merged, there, there)
             return diff_sources(source, PatchedSource(source, fit(source, [StackEntry(virtual, 1.0)])), place, options)
         options.base_known = False
         bases = {p.header.base.fingerprint for p in opened}

@@ -14,7 +14,9 @@ from weightlab.networks.made import network_in
 from weightlab.ops.adapter_out import AdapterWriter, LoraExport
 from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.factors import FactorStore
+from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PatchLike, PathLike, base_of, model_path, open_patches
+from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
 from weightlab.patches.virtual import delta_patch
 from weightlab.sources import Source
@@ -71,6 +73,7 @@ def lora_export(
         base: Source | None = None
         if vectors or any(r.encoding != "removed" and opened.encoding(n).lossless for n, r in opened.records.items()):
             base = clean_source(stack, model_path(model), wait, resources)
+            checked_fit(base, [StackEntry(opened, opened.exact_scale)], resources)
         kept = FactorStore(None if work is None else Path(work))
         writer = AdapterWriter(opened, base, layout_of(made, opened.records), rank, energy, vectors, vllm, kept)
         for name in opened.records:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from weightlab.errors import MisfitError, NamesMismatchError, UsageError
 from weightlab.ops.alike import clean_source
+from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PathLike, base_of, model_path, names_patch, open_patches, parse_patch
-from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource, PatchedSource
 from weightlab.patches.ties import redundant_copy_of
@@ -68,8 +69,7 @@ def expert_source(
     if not names_patch(expert):
         return clean_source(stack, model_path(expert), wait, resources)
     (patch,) = open_patches(expert, base_of(base, wait=wait, resources=resources))
-    patch.verify(resources)
-    fitted = PatchedSource(start, fit(start, [StackEntry(patch, patch.exact_scale)]))
+    fitted = PatchedSource(start, checked_fit(start, [StackEntry(patch, patch.exact_scale)], resources))
     plain = [n for n, record in patch.records.items() if _is_sum(patch, n, start)]
     rest = ChosenSource(fitted, [n for n in fitted.specs if n not in plain])
     return JoinedSource([_sum(start, patch, plain), rest], patch.label)

@@ -64,6 +64,11 @@ class TwinLM(HFLM):  # type: ignore[misc]
             device=str(self._twin.device),
             **others,
         )
+        # One pass of its own, which looks whether every layer with parts is called.
+        self._twin(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._twin.device),
+            weights=[0.0] * len(self._twin.names),
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """As HFLM says it, and which twin; lm_eval keeps it under `config`."""
