@@ -1,0 +1,77 @@
+"""How good a model is at a task: the mean over its answers of how many of those that should get one do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import weightlab as wl
+from weightlab_evals.twins.networks import Batch, Part
+
+_BATCH = 64
+Told = Callable[[Batch, list[int]], Tensor]
+"""Of a batch, and the rows that it has, what is said: [samples, 5]."""
+
+
+def balanced(said: Tensor, labels: Tensor) -> float:
+    """The mean over classes of the share of theirs that is told right; chance is one over their number.
+
+    Args:
+        said: [N, 5]; an answer that the task does not know is wrong.
+        labels: int64 [N].
+    """
+    right = said.argmax(1) == labels
+    return float(torch.stack([right[labels == label].float().mean() for label in sorted(set(labels.tolist()))]).mean())
+
+
+def collected(part: Part, told: Told) -> Tensor:
+    """What is said to all texts of a part, in their order."""
+    rows: list[int] = []
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for chosen, batch in part.batches(_BATCH):
+            rows += chosen
+            found.append(told(batch, chosen).float())
+    said = torch.cat(found)
+    return said[torch.tensor(rows).argsort()]
+
+
+def scored(module: nn.Module, part: Part) -> float:
+    """Of a model as it is."""
+    network: Any = module
+    return balanced(collected(part, lambda batch, rows: network(**batch).logits), part.labels)
+
+
+def mixture_scored(twin: wl.TwinModel, part: Part, weights: Tensor, expert: int | None) -> dict[str, float]:
+    """Of a twin, for a mixture of each text.
+
+    Args:
+        weights: [N, T].
+        expert: whose task it is.
+
+    Returns:
+        the score with the output mixed as all else is, `routed head`; and where there is an expert, with that one's
+        own, `true head`. The network below is the same, and runs once.
+    """
+    said = collected(part, lambda batch, rows: _both_heads(twin, batch, weights[rows], expert))
+    found = {"routed head": balanced(said[:, 0], part.labels)}
+    return found if expert is None else {**found, "true head": balanced(said[:, 1], part.labels)}
+
+
+def _both_heads(twin: wl.TwinModel, batch: Batch, weights: Tensor, expert: int | None) -> Tensor:
+    network: Any = twin.module
+    with twin.mixing(weights):
+        pooled = network.bert(**batch).pooler_output
+        routed: Tensor = network.classifier(pooled)
+    if expert is None:
+        return routed[:, None]
+    with twin.mixing(one(expert, len(twin.names))):
+        return torch.stack([routed, network.classifier(pooled)], 1)
+
+
+def one(expert: int, count: int) -> Tensor:
+    """[1, T]: that expert alone."""
+    return torch.eye(count)[expert : expert + 1]
