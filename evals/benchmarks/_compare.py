@@ -31,10 +31,11 @@ def differing(left: Path, right: Path) -> dict[str, Any]:
     """Compares two checkpoints, whatever their shards; `right` may be a reminis database.
 
     Returns:
-        How many bf16 values differ in their bits, out of how many, and the names only one of them has.
+        How many bf16 values differ in their bits, out of how many, how many units in the last place the furthest
+        two are apart, and the names only one of them has.
     """
-    mine, found = _Checkpoint(left), _Database(right) if right.suffix == ".db" else _Checkpoint(right)
-    count = total = 0
+    mine, found = Checkpoint(left), _Database(right) if right.suffix == ".db" else Checkpoint(right)
+    count = total = furthest = 0
     for name in mine.names & found.names:
         ours, theirs = mine.bits(name), found.bits(name)
         total += ours.size
@@ -42,8 +43,17 @@ def differing(left: Path, right: Path) -> dict[str, Any]:
             count += ours.size
             continue
         for start in range(0, ours.size, _BLOCK):
-            count += int(np.count_nonzero(ours[start : start + _BLOCK] != theirs[start : start + _BLOCK]))
-    return {"differing_values": count, "values": total, "names_in_one_only": len(mine.names ^ found.names)}
+            block, other = ours[start : start + _BLOCK], theirs[start : start + _BLOCK]
+            count += int(np.count_nonzero(block != other))
+            furthest = max(furthest, int(np.abs(places(block) - places(other)).max(initial=0)))
+    alone = len(mine.names ^ found.names)
+    return {"differing_values": count, "values": total, "units_apart": furthest, "names_in_one_only": alone}
+
+
+def places(bits: Bits) -> NDArray[np.int32]:
+    """The place of each bf16 value among all of them in order; both zeros have the same."""
+    places = (bits & 0x7FFF).astype(np.int32)
+    return np.where(bits >> 15, -places, places)
 
 
 def digests(model: Path) -> dict[str, str]:
@@ -58,7 +68,7 @@ def digests(model: Path) -> dict[str, str]:
     return found
 
 
-class _Checkpoint:
+class Checkpoint:
     """The 16-bit tensors of the safetensors files of a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -37,7 +37,12 @@ def ratios(middle: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], 
     """
     rivals = [label for label in middle if label.startswith("mergekit_")]
     rival = min(rivals, key=lambda label: middle[label]["seconds"], default="mergekit")  # its fastest way
-    named = rival.replace("_", " ")
+    rival_ties = min(
+        (label for label in middle if label.startswith("ties_mergekit_")),
+        key=lambda label: middle[label]["seconds"],
+        default="ties_mergekit",
+    )
+    named, named_ties = rival.replace("_", " "), rival_ties.removeprefix("ties_").replace("_", " ")
 
     def value(label: str, number: str = "seconds", less: str = "") -> float | None:
         """A median, less the seconds that starting up takes."""
@@ -78,6 +83,20 @@ def ratios(middle: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], 
             ),
         ]
     rows += [
+        (f"TIES / {named_ties}: time", value("ties"), value(rival_ties), 0.12),
+        (
+            f"TIES / {named_ties}: time, each less its start",
+            value("ties", less="start_weightlab"),
+            value(rival_ties, less="start_mergekit"),
+            None,
+        ),
+        (f"TIES / {named_ties}: peak memory", value("ties", peak), value(rival_ties, peak), 0.15),
+        (
+            f"TIES / {named_ties}: peak without mapped files",
+            value("ties", anonymous),
+            value(rival_ties, anonymous),
+            None,
+        ),
         ("diff exact / reminis diff: time", value("diff_exact"), value("reminis_diff"), None),
         ("diff exact / reminis diff: size", sizes.get("weightlab exact patch"), sizes.get("reminis pack"), None),
     ]
@@ -155,6 +174,13 @@ def _told(found: Sequence[Any]) -> str:
     for outcome in found:
         if isinstance(outcome, Mapping):
             text = f"{outcome['differing_values']:,} of {outcome['values']:,} values differ"
+            if outcome["differing_values"]:
+                text += f", the furthest by {outcome['units_apart']} units in the last place"
+            if "at_the_limit" in outcome:
+                text += (
+                    f"; not counted are {outcome['at_the_limit']:,} whose difference has the very magnitude at which "
+                    f"it is dropped, where one may keep some or others ({outcome['differing_at_the_limit']:,} differ)"
+                )
             if outcome["names_in_one_only"]:
                 text += f", {outcome['names_in_one_only']} tensors in one of them only"
         else:

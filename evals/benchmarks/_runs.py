@@ -13,6 +13,7 @@ import click
 from _compare import differing, digests, in_child
 from _measure import Cost, measure, size, sync, warm
 from _synthetic import Shape, make
+from _ties import compared
 
 # Sensible ways to run mergekit on a CPU. --lazy-unpickle is none: it concerns pickled checkpoints only.
 MERGEKIT_OPTIONS = {
@@ -22,6 +23,8 @@ MERGEKIT_OPTIONS = {
     "shards_async": ["--out-shard-size", "{shard_bytes}", "--async-write"],
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+DENSITY = 0.2
+"""Of TIES, the paper's: the share of each difference that is kept."""
 ROOM_SCALED = 4.25  # base, tuned, patch and output lie on the disk together, in sizes of the model
 
 
@@ -116,6 +119,36 @@ def mergekit(bench: Bench) -> None:
         discard(out)
 
 
+def ties(bench: Bench) -> None:
+    """TIES of two fine-tunes, sums in fp32 and rounded once; mergekit's result is what ours is compared with."""
+    base, tuned, second, spare = map(bench.place, ("base", "tuned", "second", "second-base"))
+    if not second.exists():
+        in_child(make, bench.shape, spare, second, None, 1)
+        discard(spare)
+    merge = {
+        "merge_method": "ties",
+        "base_model": str(base),
+        "models": [{"model": str(m), "parameters": {"weight": 1.0, "density": DENSITY}} for m in (tuned, second)],
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    config, theirs, ours = map(bench.place, ("ties.json", "ties-merged", "ties-ours"))
+    config.write_text(json.dumps(merge))
+    models = [base, tuned, second]
+    call = "import sys, weightlab as wl; b, t, s, out = sys.argv[1:]; wl.merge(b, [t, s], out, method='ties', "
+    call += f"parameters={{'density': {DENSITY}}})"
+    bench.run("ties", [bench.weightlab[0], "-c", call, *models, ours], models)
+    bench.own("start_weightlab", ["status", base], [base])
+    bench.run("start_mergekit", [bench.programs["mergekit"], "--help"], [])
+    for name in ("default", "async"):
+        command: list[str | Path] = [bench.programs["mergekit"], config, theirs, "--quiet", *MERGEKIT_OPTIONS[name]]
+        bench.run(f"ties_mergekit_{name}", [*command, "--no-copy-tokenizer"], models)
+        if theirs.exists() and ours.exists():
+            bench.check("TIES, against mergekit's", in_child(compared, base, [tuned, second], DENSITY, theirs, ours))
+        discard(theirs)
+    discard(ours)
+
+
 def apply_out(bench: Bench) -> None:
     """The whole model, patched into a new folder."""
     base, out = bench.place("base"), bench.place("applied")
@@ -201,6 +234,7 @@ def enough_room(work: Path, needed: float, what: str, notes: list[str]) -> bool:
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "copy": copy,
     "mergekit": mergekit,
+    "ties": ties,
     "apply-out": apply_out,
     "in-place": in_place,
     "diff": diff,

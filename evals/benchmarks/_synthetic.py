@@ -131,10 +131,13 @@ class Shape:
         }
 
 
-def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[str, Any]:
+def make(shape: Shape, base: Path, tuned: Path, partial: Path | None, change: int = 0) -> dict[str, Any]:
     """Writes base, tuned and, where asked for, the model tuned in `Shape.partial` only; in one pass.
 
     What was made is noted beside the base; folders made before with the same numbers are kept.
+
+    Args:
+        change: another number makes another fine-tune of the same base.
 
     Returns:
         Parameters, bytes, the share of bf16 values that changed, and the relative change of all matrices
@@ -142,7 +145,7 @@ def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[st
     """
     models = [base, tuned] + ([partial] if partial else [])
     made = base.with_name(f"{base.name}.{_MADE}")  # beside the model, so that no copy of the model carries it
-    wanted = {"shape": asdict(shape), "models": [model.name for model in models]}
+    wanted = {"shape": asdict(shape), "models": [model.name for model in models], "change": change}
     if made.exists() and all(model.exists() for model in models):
         noted: dict[str, Any] = json.loads(made.read_text())
         if all(noted.get(key) == value for key, value in wanted.items()):
@@ -166,14 +169,14 @@ def make(shape: Shape, base: Path, tuned: Path, partial: Path | None) -> dict[st
             for file in files:
                 file.write(_header(names, shape.tensors()))
             for name in names:
-                for base_bits, tuned_bits in _blocks(order[name], shape.tensors()[name]):
+                for base_bits, tuned_bits in _blocks(order[name], shape.tensors()[name], change):
                     contents = [base_bits, tuned_bits, tuned_bits if name in touched else base_bits]
                     for file, bits in zip(files, contents, strict=False):
                         file.write(bits.data)
                     changed += int(np.count_nonzero(base_bits != tuned_bits))
                     if len(shape.tensors()[name]) == 1:
                         continue  # the gains, all near one, would hide the matrices in the norm
-                    before, after = _widened(base_bits), _widened(tuned_bits)
+                    before, after = widened(base_bits), widened(tuned_bits)
                     squared_change += float(np.square(after - before).sum(dtype=np.float64))
                     squared_base += float(np.square(before).sum(dtype=np.float64))
     if len(shards) > 1:
@@ -208,13 +211,14 @@ def _header(names: list[str], shapes: dict[str, tuple[int, ...]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _blocks(index: int, shape: tuple[int, ...]) -> Iterator[tuple[Bits, Bits]]:
+def _blocks(index: int, shape: tuple[int, ...], number: int) -> Iterator[tuple[Bits, Bits]]:
     """(base, tuned) of one tensor, block by block.
 
     The base is normal. The change is a cubed normal: heavy-tailed, since fine-tuning leaves most bf16 values
     where they were and moves a few by much; normal noise of that size would change over 80 % of them.
     """
     generator = np.random.default_rng([20240229, index])
+    another = np.random.default_rng([20240229, index, number])
     scale = np.float32(RELATIVE_CHANGE * DEVIATION / 15**0.5)  # E[x⁶] = 15
     left = math.prod(shape)
     while left:
@@ -224,8 +228,10 @@ def _blocks(index: int, shape: tuple[int, ...]) -> Iterator[tuple[Bits, Bits]]:
             weights += 1  # the gains of the norms
         base = _rounded(weights)
         change = generator.standard_normal(count, dtype=np.float32)
+        if number:  # the first was drawn nevertheless: the base is the same for every number
+            change = another.standard_normal(count, dtype=np.float32)
         change *= change * change * scale
-        yield base, _rounded(_widened(base) + change)
+        yield base, _rounded(widened(base) + change)
         left -= count
 
 
@@ -236,5 +242,6 @@ def _rounded(values: Floats) -> Bits:
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
-def _widened(bits: Bits) -> Floats:
+def widened(bits: Bits) -> Floats:
+    """bf16 as float32."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -20,13 +20,14 @@ from _synthetic import Shape, make
 
 MERGEKIT, TORCH = "0.1.5", "2.13.0"
 # The most that lies on the disk at one time, in sizes of the model: base, tuned, partly tuned, copy, two
-# patches, an output and the patch of the timed diff; reminis adds two databases, a pack and an output.
-ROOM, ROOM_REMINIS = 8.5, 4.5
+# patches, an output and the patch of the timed diff; reminis adds two databases, a pack and an output, TIES a second
+# tuned model and two outputs, of which one is there when that model's base is.
+ROOM, ROOM_REMINIS, ROOM_TIES = 8.5, 4.5, 3
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
     """The environments, the models, and the patches that the measurements need."""
-    if "mergekit" in bench.chosen:
+    if {"mergekit", "ties"} & set(bench.chosen):
         say("Looking for mergekit's environment")
         # torch first and alone: else the resolver may fetch other builds of it before it settles on this one.
         steps = [[f"torch=={TORCH}"], [f"mergekit=={MERGEKIT}", f"torch=={TORCH}"]]
@@ -76,7 +77,7 @@ def conclude(bench: Bench, made: dict[str, Any], settings: dict[str, Any]) -> di
 
 def tidy(folder: Path, keep: bool) -> None:
     """Empties the work folder, but for the models where they are to be kept."""
-    kept = ("base", "tuned", "partial", "scaled-base", "scaled-tuned")
+    kept = ("base", "tuned", "partial", "second", "scaled-base", "scaled-tuned")
     for path in folder.iterdir():
         if not (keep and (path.name in kept or path.name.endswith(".made.json"))):
             discard(path)
@@ -93,6 +94,8 @@ times in turn:
   copy       cp -r of a model, and the sync of that copy
   mergekit   mergekit {MERGEKIT}: task_arithmetic of one model, with several
              options for CPUs; the fastest is the one compared with
+  ties       wl.merge of the tuned model and a second one by TIES, density 0.2,
+             and mergekit's, which sums in fp32 too (with two options)
   apply-out  weightlab apply BASE PATCH --out DIR, of a dense and of an exact
              patch of the whole model
   in-place   weightlab apply --in-place and remove of the patch that touches
@@ -131,7 +134,7 @@ Examples:
 def main(json_path: Path | None, readme: Path | None, **settings: Any) -> None:
     """Prepares, measures in turn, reports."""
     chosen = settings["only"] or (*MEASUREMENTS, "memory")
-    own = own_command() if {"apply-out", "in-place", "diff", "memory"} & set(chosen) else []
+    own = own_command() if {"apply-out", "in-place", "diff", "ties", "memory"} & set(chosen) else []
     if readme:
         replace_between_markers(readme, "engine", "")  # fails now rather than after an hour
     work, keep = settings.pop("work"), settings.pop("keep")
@@ -144,7 +147,8 @@ def main(json_path: Path | None, readme: Path | None, **settings: Any) -> None:
     except BlockingIOError:
         raise click.ClickException(f"another run is using {folder}; give this one a --work of its own") from None
     bench = Bench(folder, Shape.for_parameters(settings["parameters"], settings["shard_bytes"]), own, chosen)
-    room = (ROOM + ROOM_REMINIS * ("reminis" in chosen)) * bench.shape.bytes - size(folder)
+    room = ROOM + ROOM_REMINIS * ("reminis" in chosen) + ROOM_TIES * ("ties" in chosen)
+    room = room * bench.shape.bytes - size(folder)
     if not enough_room(folder, room, "this benchmark", bench.notes):
         raise click.ClickException(f"{bench.notes[-1]}; try a smaller --parameters, or --work on another disk")
     try:
