@@ -102,6 +102,27 @@ def unpacked(requirement: str, *, source: bool = False) -> Path:
     return folder
 
 
+def unpacked_npm(requirement: str) -> Path:
+    """The folder with the content of a package of npm, "NAME@VERSION", which is downloaded once; nothing in it is run.
+
+    Raises:
+        subprocess.CalledProcessError: it cannot be downloaded; FileNotFoundError: there is no npm.
+    """
+    packages = cache_folder() / "wheels"
+    name, _, version = requirement.partition("@")
+    folder = packages / f"{name}-{version}"
+    if not folder.is_dir():
+        packages.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", "--silent", requirement], check=True, stdout=sys.stderr, cwd=packages)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with tarfile.open(packages / f"{name}-{version}.tgz") as archive:
+            archive.extractall(partial, filter="data")
+        (partial / "package").rename(folder)
+        partial.rmdir()
+    return folder
+
+
 def versions(*names: str) -> dict[str, str]:
     """Of the interpreter and of these packages."""
     found = {"python": platform.python_version()}

@@ -14,7 +14,7 @@ from weightlab.adapters.writing import Factors, adapter_config, adapter_tensors
 from weightlab.errors import MisfitError, UsageError
 from weightlab.files.atomic import atomic_folder, replace_file
 from weightlab.files.small import write_tensors
-from weightlab.networks.layout import Layout, Place
+from weightlab.networks.layout import Kind, Layout, Place
 from weightlab.ops.factors import FactorStore
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
@@ -76,33 +76,60 @@ class AdapterWriter:
         self._patch, self._base, self._network = patch, base, network
         self._rank, self._energy, self._vectors, self._vllm = rank, energy, vectors, vllm
         self._kept = kept
+        ranks = [int(record.parameters["rank"]) for name, record in patch.records.items() if self._is_factors(name)]
+        self._largest = max(ranks, default=0)
         self._modules: dict[str, Factors] = {}
         self._values: dict[str, Tensor] = {}
         self._found: list[tuple[str, str, int, float, float]] = []
 
-    def take(self, name: str) -> None:
-        """Decides about one tensor.
+    def take_all(self) -> None:
+        """Decides about every tensor.
 
         Raises:
-            UsageError: it has to be factorised, and nothing says how far.
+            UsageError: lists those that have to be factorised where nothing says how far.
         """
-        place, record = self._network.places[name], self._patch.records[name]
-        plain = record.encoding != "removed" and not record.added and record.base_shape is None
-        kind = place.kind if not self._vllm or place.kind == "linear" else None
-        if not plain or kind is None:
-            self._keep(name, place, plain)
+        names = list(self._patch.records)
+        open_ = [
+            f"{name}: stored {self._patch.records[name].encoding}, {list(self._patch.records[name].shape)}"
+            for name in names
+            if self._kind(name) and not self._is_factors(name) and self._rank_of(name) is None and self._energy is None
+        ]
+        if open_:
+            raise UsageError(f"{len(open_)} tensors have to be factorised", "give rank or energy", open_)
+        for name in names:
+            self._take(name)
+
+    def _plain(self, name: str) -> bool:
+        record = self._patch.records[name]
+        return record.encoding != "removed" and not record.added and record.base_shape is None
+
+    def _kind(self, name: str) -> Kind | None:
+        """Which kind of LoRA layer it is for; None: it goes into none."""
+        kind = self._network.places[name].kind
+        return kind if self._plain(name) and (not self._vllm or kind == "linear") else None
+
+    def _is_factors(self, name: str) -> bool:
+        return self._patch.records[name].encoding == "low_rank"
+
+    def _rank_of(self, name: str) -> int | None:
+        """The rank to factorise to: the one asked for, or that of a matrix whose full rank others have anyway."""
+        shape = self._patch.records[name].shape
+        full = min(shape[0], math.prod(shape[1:]))
+        small = self._energy is None and full <= self._largest
+        return self._rank or (full if small else None)
+
+    def _take(self, name: str) -> None:
+        place, kind = self._network.places[name], self._kind(name)
+        if kind is None:
+            self._keep(name, place, self._plain(name))
             return
         scale = self._patch.exact_scale
         delta = self._delta(name)
-        if record.encoding == "low_rank":
+        if self._is_factors(name):
             parts = self._patch.parts(name)
             left, right, how = parts.whole("left").float() * scale, parts.whole("right").float(), "factors"
         else:
-            if self._rank is None and self._energy is None:
-                raise UsageError(
-                    f"{name} is stored {record.encoding}, so it has to be factorised", "give rank or energy"
-                )
-            left, right = self._kept.factorised(delta.flatten(1), self._rank, self._energy)
+            left, right = self._kept.factorised(delta.flatten(1), self._rank_of(name), self._energy)
             how = "factorised"
         if place.transposed:
             left, right, delta = right.T, left.T, delta.T

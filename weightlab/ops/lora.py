@@ -42,7 +42,8 @@ def lora_export(
     """Writes a patch as a PEFT LoRA adapter for the model that the patch is for.
 
     Args:
-        patch: low-rank tensors are taken over as they are; others are factorised.
+        patch: low-rank tensors are taken over as they are; others are factorised, small ones at their full rank where
+            low-rank tensors have that rank too.
         out: a new folder.
         model: the model that the patch is for.
         network: the network, with or without weights; None: by the model's config.json.
@@ -76,8 +77,7 @@ def lora_export(
             checked_fit(base, [StackEntry(opened, opened.exact_scale)], resources)
         kept = FactorStore(None if work is None else Path(work))
         writer = AdapterWriter(opened, base, layout_of(made, opened.records), rank, energy, vectors, vllm, kept)
-        for name in opened.records:
-            writer.take(name)
+        writer.take_all()
         done = writer.write(Path(out), base_name)
         kept.clear()
     return done
