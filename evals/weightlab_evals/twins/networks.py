@@ -105,7 +105,7 @@ def tune(module: nn.Module, shown: Sequence[Part], recipe: Recipe, seed: int) ->
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0, fused=True)
-    rise = recipe.steps // 10
+    rise = max(1, recipe.steps // 10)
 
     def share(step: int) -> float:
         return min(1.0, (step + 1) / rise) * (1 - step / recipe.steps)

@@ -19,6 +19,7 @@ from weightlab_evals.transfer.texts import articles
 
 CLASSES = 5
 TEST, CHOOSE, TRAIN = 1000, 300, 3000
+_FEWEST = 500
 TASKS = ("topics", "sections", "tweets", "movies", "spam")
 UNSEEN = "products"
 PACKAGES = {
@@ -28,7 +29,7 @@ PACKAGES = {
     "spam": "spam-filter@1.1.1",
 }
 """Of the package index; the reviews are in the source distribution, the last is npm's."""
-_SECTION = (2, 4, 1, 3, 0)
+_SECTION = (2, 4, 1, 0, 3)
 """The number of each topic as a section: none is its own."""
 _SURE = 0.6
 _CLEAR = 1.0
@@ -55,7 +56,7 @@ def tasks(packages: Mapping[str, Path], seed: int) -> dict[str, Task]:
     """The five, and the unseen one, split anew for each seed.
 
     Args:
-        packages: folders of unpacked packages, by the names in `PACKAGES`.
+        packages: folders of unpacked packages, by the names in `PACKAGES`; without the last there is no `spam`.
     """
     news = [(a.text, a.topic) for a in articles(packages["news"])]
     reviews = packages["reviews"] / "additional_resources" / "hutto_ICWSM_2014.tar.gz"
@@ -64,7 +65,7 @@ def tasks(packages: Mapping[str, Path], seed: int) -> dict[str, Task]:
         "sections": [(f"Section: {text}", _SECTION[topic]) for text, topic in news],
         "tweets": list(_tweets(packages["tweets"])),
         "movies": list(_reviews(reviews, "movie")),
-        "spam": list(_messages(packages["spam"])),
+        **({"spam": list(_messages(packages["spam"]))} if "spam" in packages else {}),
         UNSEEN: list(_reviews(reviews, "amazon")),
     }
     return {name: _split(name, _different(texts), seed) for name, texts in every.items()}
@@ -75,7 +76,7 @@ def _split(name: str, texts: Sequence[Labelled], seed: int) -> Task:
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     shuffled = [texts[place] for place in order]
-    if len(shuffled) < TEST + CHOOSE + 500:
+    if len(shuffled) < TEST + CHOOSE + _FEWEST:
         raise ValueError(f"{name}: {len(shuffled)} texts are too few")
     return Task(name, shuffled[TEST + CHOOSE :][:TRAIN], shuffled[TEST : TEST + CHOOSE], shuffled[:TEST])
 
