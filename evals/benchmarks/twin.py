@@ -41,9 +41,10 @@ Examples:
 @click.command(help=HELP)
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(0), help="How many.")
 @click.option("--timing/--no-timing", "timed", default=True, show_default=True, help="How long answers take, too.")
+@click.option("--device", default="cpu", show_default=True, help="Where networks are trained and asked; not timed.")
 @click.option("--record", "record_path", type=click.Path(path_type=Path), help="JSON with all that comes out; grows.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
-def main(seeds: int, timed: bool, record_path: Path | None, readme: Path | None) -> None:
+def main(seeds: int, timed: bool, device: str, record_path: Path | None, readme: Path | None) -> None:
     """Trains, splits, routes, scores, reports."""
     if readme:
         replace_between_markers(readme, "twin", "")  # fails now rather than after hours
@@ -55,7 +56,7 @@ def main(seeds: int, timed: bool, record_path: Path | None, readme: Path | None)
     if seeds:
         packages = {name: _package(wanted) for name, wanted in PACKAGES.items()} | {"model": model}
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            find = partial(_study, seed, packages, folder)
+            find = partial(_study, seed, packages, folder, device)
             found["seeds"].append(record.once(f"seed {seed}", study_id(), find))
     if timed:
         found["timing"] = record.once("timing", source_id(_twin_timing), partial(timing, model, folder))
@@ -65,8 +66,8 @@ def main(seeds: int, timed: bool, record_path: Path | None, readme: Path | None)
         readme.write_text(replace_between_markers(readme, "twin", text))
 
 
-def _study(seed: int, packages: dict[str, Path], folder: Path) -> dict[str, Any]:
-    return Study(seed, packages, folder, partial(click.echo, err=True)).run()
+def _study(seed: int, packages: dict[str, Path], folder: Path, device: str) -> dict[str, Any]:
+    return Study(seed, packages, folder, partial(click.echo, err=True), device=device).run()
 
 
 def _package(wanted: str) -> Path:

@@ -192,6 +192,36 @@ def test_equals_merged_weights(tmp_path: Path, case: str, compress: str) -> None
         assert torch.equal(logits(module(**batch)), plain)  # without weights the shared model is as it was
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_other_dtypes(tmp_path: Path, case: str) -> None:
+    make, batch = CASES[case]
+    module, twin = twin_of(make, tmp_path, "low_rank:4")
+    model = TwinModel(module, twin)
+
+    def told(dtype: torch.dtype) -> Tensor:
+        given = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in batch.items()}
+        found = logits(model.to(dtype)(**given, weights=WEIGHTS))
+        assert found.dtype == dtype
+        return found.double()
+
+    before = told(torch.float32)
+    seen = before.isfinite()
+    exact = before if case == "mixtral" else told(torch.float64)  # torch multiplies no experts in fp64
+    assert float((before - exact)[seen].norm() / exact[seen].norm()) < 1e-4
+    assert torch.equal(told(torch.float32), before)
+    assert float((told(torch.bfloat16) - exact)[seen].norm() / exact[seen].norm()) < 0.1
+
+
+@pytest.mark.parametrize("case", ["bert", "llama"])
+def test_the_parts_go_where_the_module_goes(tmp_path: Path, case: str) -> None:
+    model = TwinModel(*twin_of(CASES[case][0], tmp_path, "low_rank:4")).to("meta")
+    parts = [part for mine in model._layers.values() for part in mine.values()]
+    assert len(parts) > 10
+    for part in parts:
+        held = [part.left, part.right, part.owner, *part.dense.values()]
+        assert all(tensor.is_meta for tensor in held if tensor is not None)
+
+
 def test_t5_in_which_places_are_as_many_as_samples(tmp_path: Path) -> None:
     module, twin = twin_of(t5, tmp_path, "low_rank:4")
     ids = torch.arange(49).view(7, 7) + 3

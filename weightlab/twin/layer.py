@@ -32,6 +32,10 @@ class Layer:
             self._layer, self._forward = layer, layer.forward
             layer.forward = self._instead
 
+    def forget(self) -> None:
+        """Lets go of what was computed from the parts."""
+        self._vectors = None
+
     def _instead(self, *args: Any, **kwargs: Any) -> Any:
         weights = self._owner._weights
         if weights is None or self._inside:

@@ -59,6 +59,19 @@ def _linear(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: 
     return _affine(parts, weights, given, output, transposed=False)
 
 
+def _is_own(output: Tensor, added: Tensor) -> bool:
+    """Whether a sum may be kept where a layer's output is: nobody else has that memory, and nobody needs gradients."""
+    return output.is_contiguous() and output.dtype == added.dtype and not torch.is_grad_enabled()
+
+
+def _with_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """output + left @ right, in one pass over the output [..., n] where that is allowed."""
+    if not (_is_own(output, left) and left.dtype == right.dtype):
+        return output + left @ right
+    output.view(-1, output.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
+    return output
+
+
 def _conv1d(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     return _affine(parts, weights, given, output, transposed=True)
 
@@ -71,7 +84,7 @@ def _affine(parts: Mixture, weights: Tensor, given: Tensor, output: Tensor, *, t
         if matrix.left is not None and matrix.right is not None and matrix.owner is not None:
             inner, outer = (matrix.left.T, matrix.right.T) if transposed else (matrix.right, matrix.left)
             hidden = functional.linear(given, inner)
-            output = output + functional.linear(hidden * _spread(weights[:, matrix.owner], hidden), outer)
+            output = _with_product(output, hidden * _spread(weights[:, matrix.owner], hidden), outer.T)
         for expert, delta in matrix.dense.items():
             own = partial(functional.linear, weight=delta.T if transposed else delta)
             output = _with_share(weights[:, expert], given, own, output)
@@ -92,13 +105,15 @@ def _with_share(share: Tensor, given: Tensor, function: Callable[[Tensor], Tenso
 def _with_vector(part: Parts | None, weights: Tensor, output: Tensor, *, last: bool = True) -> Tensor:
     if part is None:
         return output
-    return output + _spread(_vectors(part, weights), output, last)
+    vectors = _spread(_vectors(part, weights), output, last)
+    return output.add_(vectors) if _is_own(output, vectors) else output + vectors
 
 
 def _vectors(part: Parts, weights: Tensor) -> Tensor:
     """The mixtures of vectors: [rows, n]."""
     experts = list(part.dense)
-    return weights[:, experts] @ torch.stack([part.dense[e].reshape(-1) for e in experts])
+    vectors = torch.stack([part.dense[e].reshape(-1) for e in experts])
+    return weights[:, experts].to(vectors.dtype) @ vectors
 
 
 def _embedding(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
@@ -137,7 +152,8 @@ def _convolution(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, out
 def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     plain = functional.layer_norm(given, layer.normalized_shape, None, None, layer.eps)
     if "weight" in parts:
-        output = output + plain * _spread(_vectors(parts["weight"], weights), plain)
+        vectors = _spread(_vectors(parts["weight"], weights), plain)
+        output = torch.addcmul(output, plain, vectors, out=output if _is_own(output, plain) else None)
     return _with_vector(parts.get("bias"), weights, output)
 
 

@@ -70,8 +70,7 @@ class TwinModel(nn.Module):
             elif mine:
                 layers.setdefault(place, {}).update(mine)
         self._layers = layers
-        for place, mine in layers.items():
-            Layer(self, place, module.get_submodule(place), mine)
+        self._made = [Layer(self, place, module.get_submodule(place), mine) for place, mine in layers.items()]
 
     @classmethod
     def from_pretrained(
@@ -120,6 +119,15 @@ class TwinModel(nn.Module):
         """
         fill(module, twin, base, wait, resources or Resources())
         return cls(module, twin)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where `to`, `cuda`, `half` and their like come together: the parts go with the module."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part in {id(part): part for mine in self._layers.values() for part in mine.values()}.values():
+            part.apply(fn)  # once, also where a tied embedding and a head have the same
+        for layer in self._made:
+            layer.forget()
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 
@@ -36,11 +36,19 @@ class Parts:
     dense: dict[int, Tensor] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
 
-    def mixed(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
-        """Σ weightₜ·differenceₜ, for weights [T]."""
-        total = torch.zeros(tuple(shape), dtype=weights.dtype, device=weights.device)
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Changes where all of it is, or in which dtype: `fn` is what `nn.Module.to` and its like do to a tensor."""
         if self.left is not None and self.right is not None and self.owner is not None:
-            total += ((self.left * weights[self.owner]) @ self.right).view(tuple(shape))
+            self.left, self.right, self.owner = fn(self.left), fn(self.right), fn(self.owner)
+        self.dense = {expert: fn(delta) for expert, delta in self.dense.items()}
+
+    def mixed(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
+        """Σ weightₜ·differenceₜ, for weights [T]; in fp32, or fp64 if either is."""
+        held = [self.left, *self.dense.values()]
+        dtype = next(torch.promote_types(weights.dtype, tensor.dtype) for tensor in held if tensor is not None)
+        total = torch.zeros(tuple(shape), dtype=dtype, device=weights.device)
+        if self.left is not None and self.right is not None and self.owner is not None:
+            total += ((self.left * weights[self.owner]).to(dtype) @ self.right.to(dtype)).view(tuple(shape))
         for expert, delta in self.dense.items():
             total += weights[expert] * delta
         return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +78,12 @@ def write_base(package: Path, out: Path) -> None:
     tokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, device: str = "cpu") -> Any:
     """A network in fp32, in evaluation mode."""
     from transformers import AutoModelForSequenceClassification
 
     loader: Any = AutoModelForSequenceClassification
-    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval().to(device)
 
 
 def encoded(base: Path, texts: Sequence[Labelled]) -> Part:
@@ -103,6 +102,7 @@ def tune(module: nn.Module, shown: Sequence[Part], recipe: Recipe, seed: int) ->
     Args:
         shown: a batch is of one of these, in turn.
     """
+    device = next(module.parameters()).device
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0, fused=True)
     rise = max(1, recipe.steps // 10)
@@ -115,8 +115,9 @@ def tune(module: nn.Module, shown: Sequence[Part], recipe: Recipe, seed: int) ->
     rows = [_rows(len(part.ids), recipe.batch, generator) for part in shown]
     for step in range(recipe.steps):
         part, chosen = shown[step % len(shown)], next(rows[step % len(shown)])
-        with mixed():
-            loss = functional.cross_entropy(_said(module, part.batch(chosen)).float(), part.labels[chosen])
+        batch, answers = moved(part.batch(chosen), device), part.labels[chosen].to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):  # products alone; weights are in fp32
+            loss = functional.cross_entropy(_said(module, batch).float(), answers)
         optimizer.zero_grad()
         torch.autograd.backward([loss])
         optimizer.step()
@@ -141,9 +142,9 @@ def tune_lora(module: nn.Module, shown: Part, recipe: Recipe, seed: int, out: Pa
     adapted.save_pretrained(str(out))
 
 
-def mixed() -> AbstractContextManager[Any]:
-    """Products in bf16 where weights are in fp32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The same on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _said(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import weightlab as wl
-from weightlab_evals.twins.networks import Batch, Part
+from weightlab_evals.twins.networks import Batch, Part, moved
 
+CPU = torch.device("cpu")
 _BATCH = 64
 Told = Callable[[Batch, list[int]], Tensor]
 """Of a batch, and the rows that it has, what is said: [samples, 5]."""
@@ -27,14 +28,18 @@ def balanced(said: Tensor, labels: Tensor) -> float:
     return float(torch.stack([right[labels == label].float().mean() for label in sorted(set(labels.tolist()))]).mean())
 
 
-def collected(part: Part, told: Told) -> Tensor:
-    """What is said to all texts of a part, in their order."""
+def collected(part: Part, told: Told, device: torch.device = CPU) -> Tensor:
+    """What is said to all texts of a part, in their order; on the CPU.
+
+    Args:
+        device: where batches go.
+    """
     rows: list[int] = []
     found: list[Tensor] = []
     with torch.no_grad():
         for chosen, batch in part.batches(_BATCH):
             rows += chosen
-            found.append(told(batch, chosen).float())
+            found.append(told(moved(batch, device), chosen).float().cpu())
     said = torch.cat(found)
     return said[torch.tensor(rows).argsort()]
 
@@ -42,7 +47,8 @@ def collected(part: Part, told: Told) -> Tensor:
 def scored(module: nn.Module, part: Part) -> float:
     """Of a model as it is."""
     network: Any = module
-    return balanced(collected(part, lambda batch, rows: network(**batch).logits), part.labels)
+    device = next(module.parameters()).device
+    return balanced(collected(part, lambda batch, rows: network(**batch).logits, device), part.labels)
 
 
 def mixture_scored(twin: wl.TwinModel, part: Part, weights: Tensor, expert: int | None) -> dict[str, float]:
@@ -56,19 +62,19 @@ def mixture_scored(twin: wl.TwinModel, part: Part, weights: Tensor, expert: int 
         the score with the output mixed as all else is, `routed head`; and where there is an expert, with that one's
         own, `true head`. The network below is the same, and runs once.
     """
-    said = collected(part, lambda batch, rows: _both_heads(twin, batch, weights[rows], expert))
+    said = collected(part, lambda batch, rows: _both_heads(twin, batch, weights[rows], expert), twin.device)
     found = {"routed head": balanced(said[:, 0], part.labels)}
     return found if expert is None else {**found, "true head": balanced(said[:, 1], part.labels)}
 
 
 def _both_heads(twin: wl.TwinModel, batch: Batch, weights: Tensor, expert: int | None) -> Tensor:
     network: Any = twin.module
-    with twin.mixing(weights):
+    with twin.mixing(weights.to(twin.device)):
         pooled = network.bert(**batch).pooler_output
         routed: Tensor = network.classifier(pooled)
     if expert is None:
         return routed[:, None]
-    with twin.mixing(one(expert, len(twin.names))):
+    with twin.mixing(one(expert, len(twin.names)).to(twin.device)):
         return torch.stack([routed, network.classifier(pooled)], 1)
 
 

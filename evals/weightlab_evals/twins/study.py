@@ -45,7 +45,8 @@ class Study:
         folder: where checkpoints and findings are kept, apart for every text of this study's code.
         limit: only so many texts to choose by and to test with.
         tune, lora: how experts are trained.
-        compress: how exclusive parts are stored, one twin each; the first two have to be `MAIN` and `TENTH` or lack.
+        compress: how exclusive parts are stored, one twin each.
+        device: where networks are trained and asked.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Study:
         tune: Recipe = TUNE,
         lora: Recipe = LORA,
         compress: tuple[str, ...] = COMPRESS,
+        device: str = "cpu",
     ) -> None:
         self._seed, self._packages, self._tune, self._lora, self._compress = seed, packages, tune, lora, compress
+        self._device = torch.device(device)
         self._kept = Kept(folder / study_id() / str(seed), lambda text: say(f"{seed}: {text}"))
         every = texts.tasks(packages, seed)
         cut = partial(networks.encoded, self._base)
@@ -97,7 +100,7 @@ class Study:
 
     def _trained(self, name: str, shown: list[Part], recipe: Recipe) -> Path:
         def make(out: Path) -> None:
-            module = networks.load(self._base)
+            module = self._load(self._base)
             networks.tune(module, shown, recipe, self._seed)
             module.save_pretrained(out)
 
@@ -115,7 +118,7 @@ class Study:
 
     def _adapter(self, name: str) -> Path:
         def make(out: Path) -> None:
-            networks.tune_lora(networks.load(self._base), self._train[name], self._lora, self._seed, out)
+            networks.tune_lora(self._load(self._base), self._train[name], self._lora, self._seed, out)
 
         return self._kept.made(f"adapter {name}", make)
 
@@ -147,26 +150,29 @@ class Study:
         return self._opened(self._split(compress.replace(":", " "), self._experts, compress))
 
     def _opened(self, twin: wl.Twin) -> wl.TwinModel:
-        return wl.TwinModel.from_pretrained(twin.path, self._base)
+        return wl.TwinModel.from_pretrained(twin.path, self._base).to(self._device)
+
+    def _load(self, folder: Path) -> Any:
+        return networks.load(folder, str(self._device))
 
     # What is found.
 
     def _all_scored(self, folder: Path) -> Row:
-        module = networks.load(folder)
+        module = self._load(folder)
         return {name: scores.scored(module, part) for name, part in self._test.items()}
 
     def _experts_scored(self) -> Row:
-        return {name: scores.scored(networks.load(self._expert(name)), self._test[name]) for name in TASKS}
+        return {name: scores.scored(self._load(self._expert(name)), self._test[name]) for name in TASKS}
 
     def _cross(self) -> dict[str, float]:
         """Each expert on the unseen task."""
-        return {name: scores.scored(networks.load(self._expert(name)), self._test[UNSEEN]) for name in TASKS}
+        return {name: scores.scored(self._load(self._expert(name)), self._test[UNSEEN]) for name in TASKS}
 
     def _static(self, method: str) -> dict[str, Any]:
         """One model for all tasks, its scale chosen by the mean score over tasks; nothing is chosen of an average."""
         average = method == "averaging"
         patch = self._merged("task_arithmetic" if average else method)
-        module = networks.load(self._base)
+        module = self._load(self._base)
         tried = {}
         for scale in (1 / len(TASKS),) if average else SCALES[method]:
             with wl.patched(module, patch.at(scale)):
@@ -210,7 +216,7 @@ class Study:
     def _lora_scored(self) -> Row:
         found = {}
         for name in TASKS:
-            module = networks.load(self._base)
+            module = self._load(self._base)
             with wl.patched(module, self._adapter(name)):
                 found[name] = scores.scored(module, self._test[name])
         return found
@@ -226,11 +232,12 @@ class Study:
     # Routing.
 
     def _route(self, model: wl.TwinModel, kind: str) -> wl.TwinModel:
-        wl.route(model, {name: _first(part, _SHOWN) for name, part in self._train.items()}, kind=kind, seed=self._seed)
+        shown = {name: _first(part, _SHOWN, self._device) for name, part in self._train.items()}
+        wl.route(model, shown, kind=kind, seed=self._seed)
         return model
 
     def _observed(self, model: wl.TwinModel, part: Part) -> Tensor:
-        return scores.collected(part, lambda batch, rows: model.route(**batch))
+        return scores.collected(part, lambda batch, rows: model.route(**batch), self._device)
 
     def _weights(self, kind: str) -> dict[str, Tensor]:
         """Of each task's test texts [N, T]: routers that look at hidden states say the same for all these twins,
@@ -270,26 +277,28 @@ class Study:
     def _hard_routing(self) -> Row:
         """Every text by the full expert to which the trained router gives most."""
         weights = self._weights("trained")
-        modules = [networks.load(self._expert(name)) for name in TASKS]
+        modules = [self._load(self._expert(name)) for name in TASKS]
 
         def told(batch: Batch, rows: list[int], chosen: Tensor) -> Tensor:
-            said = torch.zeros(len(rows), texts.CLASSES)
+            said = torch.zeros(len(rows), texts.CLASSES, device=self._device)
             for expert in sorted(set(chosen[rows].tolist())):
-                mine = chosen[rows] == expert
+                mine = (chosen[rows] == expert).to(self._device)
                 said[mine] = modules[expert](**{name: tensor[mine] for name, tensor in batch.items()}).logits
             return said
 
-        return {
-            name: scores.balanced(scores.collected(part, partial(told, chosen=weights[name].argmax(1))), part.labels)
-            for name, part in self._test.items()
-        }
+        row = {}
+        for name, part in self._test.items():
+            said = scores.collected(part, partial(told, chosen=weights[name].argmax(1)), self._device)
+            row[name] = scores.balanced(said, part.labels)
+        return row
 
 
 def study_id() -> str:
-    """The same for the same code, settings and torch."""
+    """The same for the same code and settings."""
     modules = (texts, networks, scores, sys.modules[__name__])
-    return bytes_digest("\0".join([*map(inspect.getsource, modules), torch.__version__]).encode())[:16]
+    return bytes_digest("\0".join(map(inspect.getsource, modules)).encode())[:16]
 
 
-def _first(part: Part, count: int) -> Iterator[Batch]:
-    yield from (batch for _, batch in Part(part.ids[:count], part.labels[:count]).batches(64))
+def _first(part: Part, count: int, device: torch.device) -> Iterator[Batch]:
+    for _, batch in Part(part.ids[:count], part.labels[:count]).batches(64):
+        yield networks.moved(batch, device)
