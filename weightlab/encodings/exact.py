@@ -31,7 +31,7 @@ from weightlab.encodings._base import (
 from weightlab.encodings._exact_codec import PLANES, join, split
 from weightlab.encodings._exact_words import Array
 from weightlab.errors import IntegrityError
-from weightlab.tensors.arithmetic import bits
+from weightlab.tensors.arithmetic import bits, raw_bytes
 from weightlab.tensors.spec import BY_TORCH, TensorSpec
 from weightlab.tensors.tiles import TILE, tile_count
 
@@ -156,7 +156,7 @@ class _Exact:
         return Plan(part_specs(frames=("U32", _table_shape(spec))), {}, growing=("data", spec.stored.nbytes))
 
     def encode(self, plan: Plan, spec: TensorSpec, tile: Tile) -> tuple[dict[str, Tensor], Tensor | None]:
-        frames = encode_block(_bits(tile.base), _bits(tile.tuned), spec.stored.dtype)
+        frames = encode_block(raw_bytes(tile.base), raw_bytes(tile.tuned), spec.stored.dtype)
         table = np.asarray([len(frame) for frame in frames], dtype=np.uint32)
         data = np.frombuffer(bytearray().join(frames), dtype=np.uint8)
         return {"data": torch.from_numpy(data), "frames": torch.from_numpy(table)}, None
@@ -173,7 +173,7 @@ class _Exact:
         data = parts.read("data", int(bounds[0]), int(bounds[-1]), buffers).numpy()
         try:
             frames = np.split(data, bounds[1:-1] - bounds[0])
-            tuned = torch.from_numpy(decode_block(_bits(base), frames, spec.dtype))
+            tuned = torch.from_numpy(decode_block(raw_bytes(base), frames, spec.dtype))
             return bits(tuned.view(torch.uint8).view(base.dtype))
         except ValueError as error:
             raise IntegrityError(f"{spec.name}: {error}", _REMEDY) from None
@@ -214,11 +214,6 @@ def _frame_ends(parts: Parts) -> np.ndarray[Any, np.dtype[np.int64]]:
     if int(ends[-1]) != parts.numel("data"):
         raise IntegrityError(f"{parts.spec.name}: its frames and its data disagree", _REMEDY)
     return ends
-
-
-def _bits(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """The bytes of a tensor, flat."""
-    return values.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 ENCODING = _Exact()

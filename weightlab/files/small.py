@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weightlab.files import disk
 from weightlab.files.container import build_header, layout, read_header
+from weightlab.tensors.arithmetic import raw_bytes
 from weightlab.tensors.spec import BY_TORCH, TensorSpec
 
 
@@ -23,8 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         disk.write_at(fd, head, 0, path)
         for name, tensor in tensors.items():
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            disk.write_at(fd, flat.numpy().data, len(head) + offsets[name], path)
+            disk.write_at(fd, raw_bytes(tensor.detach().cpu()).data, len(head) + offsets[name], path)
         disk.sync_file(fd, path)
     finally:
         os.close(fd)

@@ -12,6 +12,7 @@ from weightlab.encodings.low_rank import factorise
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file
 from weightlab.files.small import read_tensors, write_tensors
+from weightlab.tensors.arithmetic import raw_bytes
 
 
 class FactorStore:
@@ -30,7 +31,7 @@ class FactorStore:
         file = None
         if self._folder is not None:
             key = blake3(f"{rank} {energy} {list(matrix.shape)} {torch.__version__} ".encode())
-            key.update(matrix.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            key.update(raw_bytes(matrix).data)
             file = self._folder / f"{key.hexdigest()}.safetensors"
             if file.exists():
                 kept = read_tensors(file)

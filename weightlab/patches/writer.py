@@ -21,6 +21,7 @@ from weightlab.files.write_behind import WriteBehind
 from weightlab.patches.header import KEY, Part, PatchHeader, Record, Shard, canonical
 from weightlab.patches.layout import INDEX_NAME, StoredTensor, entry_name, shard_name, split
 from weightlab.patches.parts import Extent, StoredParts
+from weightlab.tensors.arithmetic import raw_bytes
 from weightlab.tensors.spec import TensorSpec
 
 _ANY_DIGEST = "f" * 64
@@ -39,7 +40,7 @@ class Spool:
         self._extents: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
 
     def append(self, tensor: str, part: str, values: Tensor) -> None:
-        raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = raw_bytes(values)
         with self._lock:
             offset = self._end
             self._end += raw.nbytes
@@ -138,7 +139,7 @@ class PatchWriter:
 
         So that threads write at the same time. `values` must stay as they are until then.
         """
-        raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = raw_bytes(values)
         file = self._file_of[name]
         entry, key = entry_name(name, part), (name, part)
         spec = self._tensors[name].fixed.get(part)

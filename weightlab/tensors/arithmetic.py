@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,17 @@ def round_scale(scale: float) -> float:
 def bits(tensor: Tensor) -> Tensor:
     """The same memory, seen as integers of the same width."""
     return tensor.view(_BITS[tensor.element_size()])
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a tensor in memory, flat; the same memory where it is contiguous.
+
+    Tensors of one element count as contiguous whatever their stride is, which views of another width mind in some
+    versions of torch.
+    """
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = flat.view(torch.uint8).numpy()
+    return raw
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """Without training, and without features: the expert in whose right singular vectors the inputs of its layers lie.
 
 ‖Vᵀx‖ decides, as in SMILE (arXiv 2408.10174), there for each layer by itself, here with one mixture for the network.
-Experts differ in how much of any input lies in their vectors, so what is usual for each, over all data, is taken off.
+Experts differ in how much of any input lies in their vectors, so what is usual for each, over all data, is taken off,
+in units of how far that varies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightlab.twin.routers import Examples, Observed
+from weightlab.twin.routers._temperature import temperature
 
 
 class _Response:
@@ -21,11 +23,18 @@ class _Response:
     def fit(self, examples: Examples, experts: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         responses = examples.observed.responses
         assert responses is not None
-        return {"usual": responses.mean(0), "spread": responses.std(0).clamp_min(1e-12)}, {}
+        shown, held_out = responses[~examples.held_out], examples.held_out
+        tensors = {"usual": shown.mean(0), "spread": shown.std(0).clamp_min(1e-12)}
+        scores = _scores(tensors, responses[held_out])
+        return tensors, {"temperature": temperature(scores, examples.labels[held_out])}
 
     def weights(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], observed: Observed) -> Tensor:
         assert observed.responses is not None
-        return functional.softmax((observed.responses - tensors["usual"]) / tensors["spread"], 1)
+        return functional.softmax(_scores(tensors, observed.responses) / values["temperature"], 1)
+
+
+def _scores(tensors: Mapping[str, Tensor], responses: Tensor) -> Tensor:
+    return (responses - tensors["usual"]) / tensors["spread"]
 
 
 ROUTER = _Response()
