@@ -168,6 +168,12 @@ def on(where: Mapping[str, Any]) -> str:
     )
 
 
+def found_on(result: Mapping[str, Any]) -> str:
+    """What `Record.conditions` says of the machine, in words."""
+    some = "" if result.get("same", True) else " (some on other machines, which the record tells)"
+    return on(result["machine"]) + some
+
+
 def _told(found: Sequence[Any]) -> str:
     """The outcomes of one check, each told once."""
     told = []

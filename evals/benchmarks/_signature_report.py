@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _report import on as machine_words
+from _report import found_on
 from _signature_claims import TITLES, claims
 from _signature_outcome import CLEAN, TOLD, Found, Outcome, interval, percent, share_of_gap
 from weightlab_evals.signatures.patches import FAMILIES
@@ -32,7 +32,7 @@ def report(result: Found) -> str:
     versions, seeds = result["versions"], result["seeds"]
     lines = [
         f"{len(seeds)} seeds, each with its own split of the images; accuracies in % of test images, means over seeds "
-        f"with 95 % intervals (Student's t). On {machine_words(result['machine'])}; Python {versions['python']}, torch "
+        f"with 95 % intervals (Student's t). On {found_on(result)}; Python {versions['python']}, torch "
         f"{versions['torch']}, corrupt-tta {versions['corrupt-tta']}.",
         "",
         "Chosen on validation images of A:",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from _report import on as machine_words
+from _report import found_on, on
 from _signature_outcome import interval, percent, share_of_gap
 from weightlab_evals.transfer.begin import MODELS
 from weightlab_evals.transfer.study import CONTROLS, MAIN
@@ -31,7 +31,7 @@ def report(result: Found) -> str:
     models: Mapping[str, Sequence[Found]] = result["models"]
     versions = result["versions"]
     lines = [
-        f"On {machine_words(result['machine'])}; Python {versions['python']}, torch {versions['torch']}, "
+        f"On {found_on(result)}; Python {versions['python']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, lm_eval {versions['lm_eval']}. Means over "
         "seeds with 95 % intervals (Student's t).",
         "",
@@ -46,7 +46,7 @@ def report(result: Found) -> str:
         *_barriers(models),
     ]
     if "timing" in result:
-        lines += ["", *_timing(result["timing"])]
+        lines += ["", *_timing(result["timing"], result["timed on"])]
     return "\n".join(lines)
 
 
@@ -164,9 +164,10 @@ def _barriers(models: Mapping[str, Sequence[Found]]) -> list[str]:
     return [f"**The barrier** between FT(v1) and FT(v2) on the topics' words, at 11 points: {'; '.join(told)}."]
 
 
-def _timing(found: Found) -> list[str]:
+def _timing(found: Found, where: Found) -> list[str]:
     lines = [
-        "**Ten scales, one model.** Seconds to score a patch of SmolLM2 at ten scales: `weightlab eval lm`, which "
+        f"**Ten scales, one model.** On {on(where)}. Seconds to score a patch of SmolLM2 at ten scales: "
+        "`weightlab eval lm`, which "
         "loads the model once, against ten runs of lm_eval on ten written models (and the seconds that writing took). "
         f"Starting lm_eval takes {found['start']:.1f} s each time, which the last column leaves out.",
         "",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from _report import on as machine_words
+from _report import found_on, on
 from _signature_outcome import interval, percent, points
 from weightlab_evals.twins.study import MAIN, ROUTERS, SCALES, TENTH
 from weightlab_evals.twins.texts import TASKS, UNSEEN
@@ -30,13 +30,13 @@ def report(result: Found) -> str:
     """Everything a reader of the README should see."""
     versions, seeds = result["versions"], result["seeds"]
     lines = [
-        f"On {machine_words(result['machine'])}; Python {versions['python']}, torch {versions['torch']}, "
+        f"On {found_on(result)}; Python {versions['python']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, peft {versions['peft']}."
     ]
     if seeds:
         lines += ["", *_table(seeds), "", *_claims(seeds), "", *_sizes(seeds), "", *_routing(seeds)]
     if "timing" in result:
-        lines += ["", *_timing(result["timing"])]
+        lines += ["", *_timing(result["timing"], result["timed on"])]
     return "\n".join(lines)
 
 
@@ -163,9 +163,10 @@ def _routing(seeds: Sequence[Found]) -> list[str]:
     return lines
 
 
-def _timing(found: Mapping[str, Found]) -> list[str]:
+def _timing(found: Mapping[str, Found], where: Found) -> list[str]:
     lines = [
-        "**Time.** Milliseconds a sample in a batch of 32 of 16 to 48 words, parts at rank 16; in brackets in units of "
+        f"**Time.** On {on(where)}. Milliseconds a sample in a batch of 32 of 16 to 48 words, parts at rank 16; in "
+        "brackets in units of "
         "the shared model alone.",
         "",
         f"| | {' | '.join(found)} |",

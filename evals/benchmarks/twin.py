@@ -60,6 +60,7 @@ def main(seeds: int, timed: bool, device: str, record_path: Path | None, readme:
             found["seeds"].append(record.once(f"seed {seed}", study_id(), find))
     if timed:
         found["timing"] = record.once("timing", source_id(_twin_timing), partial(timing, model, folder))
+        found["timed on"] = record.entries["timing"]["machine"]
     text = report({**record.conditions(), **found})
     click.echo(text)
     if readme:

@@ -45,7 +45,8 @@ def test_what_is_told() -> None:
     machine = {"processor": "cpu", "cores": 2, "memory_bytes": 2**30, "kernel": "6", "filesystem": "ext4"}
     versions = {"python": "3", "torch": "2", "transformers": "5", "lm_eval": "0.4"}
     models = {"smollm2": [seed(), seed(0.02)], "minilm": [seed()]}
-    text = report({"machine": machine, "versions": versions, "models": models, "timing": {"start": 10.0, "rows": rows}})
+    told: dict[str, Any] = {"machine": machine, "versions": versions, "models": models}
+    text = report({**told, "timing": {"start": 10.0, "rows": rows}, "timed on": machine})
     assert "| **v2 + Δ** | 81.0 ± 12.7 | 33.1 ± 0 | 80.0 | 33.1 |" in text
     assert "| 75.0 ± 0.0 % | 50.0 ± 0.0 % | 75.0 % | 50.0 % |" in text
     assert "SmolLM2-135M: 1.25, 1.25; MiniLM: 1.25." in text
@@ -53,13 +54,8 @@ def test_what_is_told() -> None:
     assert text.count("| unrelated |") == 2 * len(CONTROLS) and text.count("| near |") == 2 * len(LADDER)
     assert "| 50 | 40 | 200 | 5 | 0.20 | 0.30 |" in text and "same scores" in text
     # Without timing, and where the scores differ.
-    assert "Ten scales" not in report({"machine": machine, "versions": versions, "models": models})
-    other = report(
-        {
-            "machine": machine,
-            "versions": versions,
-            "models": models,
-            "timing": {"start": 10.0, "rows": [rows[0] | {"same": False}]},
-        }
-    )
+    assert "Ten scales" not in report(told)
+    timing = {"start": 10.0, "rows": [rows[0] | {"same": False}]}
+    other = report({**told, "timing": timing, "timed on": machine, "same": False})
+    assert "other machines" in other and "other machines" not in text
     assert "The scores differ." in other
