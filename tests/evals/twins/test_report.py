@@ -67,10 +67,8 @@ def test_what_is_told() -> None:
     assert "closes 85.0 ± 63.5 % at low_rank:16 (each part 5.6% of a model)" in text
     assert "+7.5 ± 31.8 points against the same rank; +2.5 ± 31.8 points against the same bytes" in text
     assert "| **twin, low_rank:16** | 74.0 | 74.0 | 74.0 | 74.0 | 74.0 | 92.5 ± 31.8 | 50.0 | 115 |" in text
-    assert (
-        "| θt − θ0 itself, low_rank:77 (equal bytes), routed | 72.0 |" in text
+    assert "| θt − θ0 itself, low_rank:77 (equal bytes), routed | 72.0 |" in text
     assert "| 90.0 ± 0.0 | 50.0 | 115 |" in text
-    )
     assert "| five experts | 80.0 | 80.0 | 80.0 | 80.0 | 80.0 | 100.0 ± 0.0 | – | 450 |" in text
     assert "| sparse:0.1 | 5.0 |" in text and "| – | – |" in text
     assert "TIES, density 0.2 0.5, 0.5" in text and "Products by each expert alone: topics 30.0" in text
