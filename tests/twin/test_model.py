@@ -242,6 +242,57 @@ def test_samples_that_do_not_come_first_are_refused(tmp_path: Path) -> None:
         TwinModel(module, twin)(torch.randn(7, 7, 24), weights=WEIGHTS)
 
 
+class PlacesFirst(nn.Module):
+    """Turns its input round inside, which no shape tells where places are a multiple of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(24, 24), nn.Linear(24, 20)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.head(self.body(values.transpose(0, 1)).transpose(0, 1).mean(1))
+        return found
+
+
+class Compares(nn.Module):
+    """As CLIP does: each sample with every other one of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found = self.head(values)
+        return found @ found.T
+
+
+def test_samples_that_are_confused(tmp_path: Path) -> None:
+    module, twin = twin_of(PlacesFirst, tmp_path, "low_rank:4")
+    values = torch.randn(7, 14, 24, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(MisfitError, match="cannot be told apart"):
+        TwinModel(module, twin)(values, weights=WEIGHTS)
+    with pytest.raises(MisfitError, match="cannot be told apart"):  # by what the layer is given
+        TwinModel(module, twin)(values[:, :9], weights=WEIGHTS)
+    together = TwinModel(module, twin)(values, weights=WEIGHTS, group=True)
+    assert together.shape == (7, 20)
+
+
+def test_samples_that_are_compared(tmp_path: Path) -> None:
+    module, twin = twin_of(Compares, tmp_path, "low_rank:4")
+    values = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(MisfitError, match="independent=False"):
+        TwinModel(module, twin)(values, weights=WEIGHTS)
+    heads = []
+    for row, weights in enumerate(WEIGHTS):
+        with (
+            merged(module, [twin.exclusive[n].at(float(w)) for n, w in zip(twin.names, weights, strict=True)]),
+            torch.no_grad(),
+        ):
+            heads.append(module.head(values[row]))
+    found = TwinModel(module, twin, independent=False)(values, weights=WEIGHTS)
+    torch.testing.assert_close(found, torch.stack(heads) @ torch.stack(heads).T, rtol=1e-4, atol=1e-4)
+
+
 class Quiet(nn.Module):
     """Uses one layer without calling it, and has another that it does not use."""
 

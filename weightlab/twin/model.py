@@ -17,7 +17,7 @@ from weightlab.stream.executor import Resources
 from weightlab.twin.folder import Twin, open_twin
 from weightlab.twin.layer import Layer
 from weightlab.twin.loading import fill, shared_module
-from weightlab.twin.observing import last_hidden, pooled, require_no_say
+from weightlab.twin.observing import last_hidden, pooled, require_apart, require_no_say
 from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
 from weightlab.twin.routing import open_router
@@ -35,6 +35,9 @@ class TwinModel(nn.Module):
     Args:
         module: the shared model: the base with `twin.shared` on. It is in evaluation mode from now on.
         twin: the folder that the parts come from.
+        independent: whether each sample's output hangs on no other sample, as it nearly always does; that is looked at
+            on the first batch that has several, since it would not if samples were confused. False for networks that
+            compare the samples of a batch.
 
     Attributes:
         module: the same.
@@ -45,7 +48,7 @@ class TwinModel(nn.Module):
         NamesMismatchError, MisfitError: the parts do not fit the module; all misfits are listed.
     """
 
-    def __init__(self, module: nn.Module, twin: Twin) -> None:
+    def __init__(self, module: nn.Module, twin: Twin, *, independent: bool = True) -> None:
         super().__init__()
         self.module = module.eval()
         self.twin = twin
@@ -53,7 +56,7 @@ class TwinModel(nn.Module):
         self._weights: Tensor | None = None
         self._heard: list[Tensor] | None = None
         self._asked: set[str] = set()
-        self._looked = False
+        self._looked, self._apart = False, not independent
         self.router = open_router(twin)
         heads = {name for expert in twin.names for name in twin.heads(expert)}
         found = parts_on(module, list(twin.exclusive.values()), heads)
@@ -80,6 +83,7 @@ class TwinModel(nn.Module):
         *,
         architecture: str | None = None,
         dtype: torch.dtype | None = None,
+        independent: bool = True,
         wait: float = 0.0,
         resources: Resources | None = None,
     ) -> TwinModel:
@@ -89,6 +93,7 @@ class TwinModel(nn.Module):
             base: where the base is now; None: where it was when the twin was made, from the folder.
             architecture: the class of transformers; None: the experts', else the base's.
             dtype: None: the base's.
+            independent: as for the class.
 
         Raises:
             MissingInputError, MalformedFileError, IntegrityError: see `open_twin`; or the base is not there.
@@ -96,7 +101,8 @@ class TwinModel(nn.Module):
             NamesMismatchError: lists the tensors of the class that neither base nor experts have.
         """
         twin = open_twin(Path(folder))
-        return cls(shared_module(twin, base, architecture, dtype, wait, resources or Resources()), twin)
+        module = shared_module(twin, base, architecture, dtype, wait, resources or Resources())
+        return cls(module, twin, independent=independent)
 
     @classmethod
     def over(
@@ -105,6 +111,7 @@ class TwinModel(nn.Module):
         twin: Twin,
         base: PathLike | None = None,
         *,
+        independent: bool = True,
         wait: float = 0.0,
         resources: Resources | None = None,
     ) -> TwinModel:
@@ -112,13 +119,13 @@ class TwinModel(nn.Module):
 
         Args:
             module: its state dict has the names of the base's tensors, and of those that experts bring along.
-            base: as for `from_pretrained`.
+            base, independent: as for `from_pretrained`.
 
         Raises:
             NamesMismatchError: lists the tensors in which they differ; others as for `from_pretrained`.
         """
         fill(module, twin, base, wait, resources or Resources())
-        return cls(module, twin)
+        return cls(module, twin, independent=independent)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Where `to`, `cuda`, `half` and their like come together: the parts go with the module."""
@@ -153,7 +160,7 @@ class TwinModel(nn.Module):
         mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         with self.mixing(mixture), torch.no_grad():
             output = self.module(*args, **kwargs)
-        self._look(args, kwargs)
+        self._look(mixture, args, kwargs)
         return (output, mixture) if return_routing else output
 
     def generate(
@@ -171,7 +178,7 @@ class TwinModel(nn.Module):
         with self.mixing(mixture), torch.no_grad():
             output = module.generate(*args, **kwargs)
         known = inspect.signature(module.forward).parameters
-        self._look(args, {name: value for name, value in kwargs.items() if name in known})
+        self._look(mixture, args, {name: value for name, value in kwargs.items() if name in known})
         return (output, mixture) if return_routing else output
 
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,12 +210,16 @@ class TwinModel(nn.Module):
             raise UsageError("no linear layer has low-rank parts", "choose another router, or compress low_rank")
         return Observed(pooled(hidden, mask), torch.stack([pooled(each, mask) for each in heard]).mean(0))
 
-    def _look(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Once: makes sure that layers which were not asked have no say either."""
+    def _look(self, mixture: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Once: makes sure that layers which were not asked have no say either, and that samples are not confused."""
         if not self._looked:
             with self.mixing(None), torch.no_grad():
                 require_no_say(self.module, self._layers, self._asked, args, kwargs)
             self._looked = True
+        if not self._apart and len(mixture) > 1:
+            with torch.no_grad():
+                require_apart(self.module, self.mixing, mixture, args, kwargs)
+            self._apart = True
 
     def _mixture(self, weights: Tensor | Sequence[Any], top_k: int | None, group: bool) -> Tensor:
         mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)

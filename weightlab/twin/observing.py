@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from weightlab.errors import MisfitError
 from weightlab.twin.parts import Parts
+
+_NEAR, _NEAR_IN_16_BITS = 1e-3, 5e-2
+"""Relative differences of a sample's output that are rounding, from sums that another number of rows goes through."""
 
 
 def last_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -129,6 +133,51 @@ def require_no_say(
             "merge the parts: weightlab apply, or wl.patched",
             list(silent),
         )
+
+
+def require_apart(
+    module: nn.Module,
+    mixing: Callable[[Tensor], AbstractContextManager[None]],
+    weights: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Makes sure that what the first sample gives does not hang on the weights of others.
+
+    It would if a layer's rows were other samples' than they are taken for: where places come before samples, say, and
+    are as many, which no shape tells.
+
+    Args:
+        weights: [samples, T], two samples or more.
+
+    Raises:
+        MisfitError: it does.
+    """
+    other = weights.clone()
+    other[1:] += 0.5
+    found = []
+    for each in (weights, other):
+        with mixing(each):
+            found.append([_first_rows(t, len(weights)) for t in _tensors_in(module(*args, **kwargs))])
+    for one, two in zip(*found, strict=True):
+        if one.shape != two.shape or not one.is_floating_point():
+            continue
+        both = one.isfinite() & two.isfinite()
+        apart, length = (one - two)[both].double().norm(), one[both].double().norm()
+        near = _NEAR if torch.finfo(one.dtype).eps < 1e-5 else _NEAR_IN_16_BITS
+        if float(apart) > near * float(length):
+            raise MisfitError(
+                f"{type(module).__name__}: what one sample gives hangs on the others' weights, so that samples cannot "
+                "be told apart",
+                "route by group (group=True), or one sample at a time; if samples of a batch are meant to be compared: "
+                "independent=False",
+            )
+
+
+def _first_rows(tensor: Tensor, samples: int) -> Tensor:
+    """Those of the first sample; nothing of a tensor that does not have a number of rows for each."""
+    rows = len(tensor) // samples if tensor.ndim and len(tensor) % samples == 0 else 0
+    return tensor[:rows]
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:

@@ -64,10 +64,10 @@ class TwinLM(HFLM):  # type: ignore[misc]
             device=str(self._twin.device),
             **others,
         )
-        # One pass of its own, which looks whether every layer with parts is called.
+        # A pass of its own, which looks whether every layer with parts is called, and samples are kept apart.
         self._twin(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._twin.device),
-            weights=[0.0] * len(self._twin.names),
+            input_ids=torch.zeros(2, 2, dtype=torch.long, device=self._twin.device),
+            weights=[[0.0] * len(self._twin.names)] * 2,
         )
 
     def get_model_info(self) -> dict[str, Any]:
