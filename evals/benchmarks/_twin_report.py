@@ -8,6 +8,7 @@ from typing import Any
 
 from _report import found_on, on
 from _signature_outcome import interval, percent, points
+from weightlab_evals.twins.networks import RANK
 from weightlab_evals.twins.study import MAIN, ROUTERS, SCALES, TENTH
 from weightlab_evals.twins.texts import TASKS, UNSEEN
 
@@ -52,7 +53,7 @@ def closed(seed: Found, row: Row) -> float:
 
 
 def _table(seeds: Sequence[Found]) -> list[str]:
-    rows: list[tuple[str, RowOf, float | None]] = [
+    rows: list[tuple[str, RowOf, float]] = [
         ("five experts", lambda s: s["rows"]["experts"], _full(seeds) * len(TASKS)),
         ("base", lambda s: s["rows"]["base"], 0.0),
         *((title, _static(name), _full(seeds)) for name, title in STATIC.items()),
@@ -60,8 +61,12 @@ def _table(seeds: Sequence[Found]) -> list[str]:
         ("full experts, the router's choice", lambda s: s["rows"]["full experts, hard routing"], _full(seeds) * 5),
         *_without_rows(seeds),
         *((f"**twin, {c}**", _twin(c, ROUTED), _megabytes(seeds, c)) for c in (MAIN, TENTH, CLAIMED)),
-        ("LoRA experts, rank 8", lambda s: s["rows"]["LoRA experts"], None),
-        (f"twin of them, {TENTH}", lambda s: s["LoRA twin"]["rows"][ROUTED], None),
+        (f"LoRA experts, rank {RANK}", lambda s: s["rows"]["LoRA experts"], seeds[0]["LoRA bytes"] / 1e6),
+        (
+            f"twin of them, {TENTH}",
+            lambda s: s["LoRA twin"]["rows"][ROUTED],
+            sum(seeds[0]["LoRA twin"]["bytes"].values()) / 1e6,
+        ),
     ]
     lines = [
         "Balanced accuracy in % on 1,000 texts a task, means over seeds; then the mean over tasks in units of the "
@@ -76,9 +81,7 @@ def _table(seeds: Sequence[Found]) -> list[str]:
         relative = percent(*interval([normalised(seed, row(seed)) for seed in seeds]))
         unseen = [row(seed)[UNSEEN] for seed in seeds if UNSEEN in row(seed)]
         told = f"{100 * fmean(unseen):.1f}" if unseen else "–"
-        lines.append(
-            f"| {title} | {' | '.join(tasks)} | {relative} | {told} | {'–' if size is None else f'{size:.0f}'} |"
-        )
+        lines.append(f"| {title} | {' | '.join(tasks)} | {relative} | {told} | {size:.0f} |")
     chosen = []
     for name in SCALES:
         every = ", ".join(f"{seed['static'][name]['scale']:g}" for seed in seeds)
@@ -92,8 +95,8 @@ def _table(seeds: Sequence[Found]) -> list[str]:
     ]
 
 
-def _without_rows(seeds: Sequence[Found]) -> list[tuple[str, RowOf, float | None]]:
-    rows: list[tuple[str, RowOf, float | None]] = []
+def _without_rows(seeds: Sequence[Found]) -> list[tuple[str, RowOf, float]]:
+    rows: list[tuple[str, RowOf, float]] = []
     for name in seeds[0]["without shared part"]:
         first = seeds[0]["without shared part"][name]
         size = sum(first["bytes"].values()) / 1e6

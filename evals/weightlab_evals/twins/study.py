@@ -89,6 +89,7 @@ class Study:
             "without shared part": {
                 name: once(f"without {name}", partial(self._without, name)) for name in ("equal rank", "equal bytes")
             },
+            "LoRA bytes": once("lora bytes", self._lora_bytes),
             "LoRA twin": once("lora twin", self._lora_twin),
         }
 
@@ -214,12 +215,15 @@ class Study:
         return 4 * (full + sum(min(rank * sum(shape), shape.numel()) for shape in shapes if len(shape) == 2))
 
     def _lora_scored(self) -> Row:
-        found = {}
+        row = {}
         for name in TASKS:
             module = self._load(self._base)
             with wl.patched(module, self._adapter(name)):
-                found[name] = scores.scored(module, self._test[name])
-        return found
+                row[name] = scores.scored(module, self._test[name])
+        return row
+
+    def _lora_bytes(self) -> int:
+        return sum((self._adapter(name) / "adapter_model.safetensors").stat().st_size for name in TASKS)
 
     def _lora_twin(self) -> dict[str, Any]:
         adapters = {name: self._adapter(name) for name in TASKS}

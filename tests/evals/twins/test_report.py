@@ -46,7 +46,8 @@ def seed(more: float = 0.0) -> dict[str, Any]:
         "routing": {r: {n: {t: float(t == n) for t in TASKS} for n in (*TASKS, UNSEEN)} for r in ROUTERS},
         "twins": twins,
         "without shared part": without,
-        "LoRA twin": {"bytes": {"shared": 1}, "rows": {"trained, routed head": row(0.6)}},
+        "LoRA bytes": 7_000_000,
+        "LoRA twin": {"bytes": {"shared": 9_000_000}, "rows": {"trained, routed head": row(0.6)}},
     }
 
 
@@ -71,6 +72,7 @@ def test_what_is_told() -> None:
     assert "| 90.0 ± 0.0 | 50.0 | 115 |" in text
     assert "| five experts | 80.0 | 80.0 | 80.0 | 80.0 | 80.0 | 100.0 ± 0.0 | – | 450 |" in text
     assert "| sparse:0.1 | 5.0 |" in text and "| – | – |" in text
+    assert "| LoRA experts, rank 8 | 70.0 |" in text and "| 87.5 ± 0.0 | – | 7 |" in text
     assert "TIES, density 0.2 0.5, 0.5" in text and "Products by each expert alone: topics 30.0" in text
     assert "**Time.**" not in text
 
