@@ -11,6 +11,7 @@ from typing import Any
 from weightlab.errors import UsageError
 from weightlab.ops.operands import PatchesLike, parse_patch
 from weightlab_evals.lm.model import CLEAN, WeightlabLM
+from weightlab_evals.lm.tasks import index_kept
 from weightlab_evals.lm.twin import folder_is_twin
 
 
@@ -28,11 +29,12 @@ def evaluate(model: WeightlabLM, stacks: Sequence[PatchesLike], **options: Any) 
 
     cache = options.pop("use_cache", None)
     found: list[dict[str, Any]] = []
-    for patches in stacks:
-        with model.stack(patches):
-            own = None if cache is None else f"{cache}-{model.stack_digest}"
-            results = lm_eval.simple_evaluate(model=model, use_cache=own, **options)
-        found.append(results)
+    with index_kept():
+        for patches in stacks:
+            with model.stack(patches):
+                own = None if cache is None else f"{cache}-{model.stack_digest}"
+                results = lm_eval.simple_evaluate(model=model, use_cache=own, **options)
+            found.append(results)
     return found
 
 
@@ -62,7 +64,7 @@ def run_cli(
     kind = "weightlab-twin" if twin else "weightlab"
     words = ["lm-eval", "run", "--model", kind, "--model_args", f"pretrained={model}", *arguments]
     names: list[str] = []
-    with WeightlabLM.kept() as kept:
+    with WeightlabLM.kept() as kept, index_kept():
         for patches in stacks:
             kept.patches = patches
             name = folder_name([_label(patch) for patch in patches])
