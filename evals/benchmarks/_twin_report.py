@@ -183,10 +183,13 @@ def _timing(found: Mapping[str, Found], where: Found) -> list[str]:
         lines.append(f"| {way} | {' | '.join(cells)} |")
     for title, each in found.items():
         taken = each["milliseconds"]
-        merging, routed = taken["merging for every sample"], taken["twin, with its router"]
+        routed = taken["twin, with its router"]
+        times = [
+            f"{taken[way] / routed:.1f} times as fast as {way}" for way in taken if way.startswith("merging for every")
+        ]
         lines += [
             "",
-            f"{title}: with its router a twin is {merging / routed:.0f} times as fast as merging for every sample "
+            f"{title}: with its router a twin is {', and '.join(times)} "
             f"(answers differ by {each['furthest']:.0e} at most, relative to the largest). `weightlab twin split` took "
             f"{each['split']['seconds']:.0f} s and {each['split']['peak'] / 1e9:.2f} GB of memory "
             f"({each['split']['anonymous'] / 1e9:.2f} GB without mapped files), for {each['bytes']['base'] / 1e6:.0f} "

@@ -84,8 +84,12 @@ def _ways(model: wl.TwinModel, place: Path, batch: Mapping[str, Tensor], weights
         with model.mixing(None):
             return model.module(**batch)
 
-    def merging() -> Tensor:
-        return torch.cat([merge(weights[row], _row(batch, row)) for row in range(MERGED)])
+    def merging(become: Callable[[Tensor], None]) -> Tensor:
+        found = []
+        for row in range(MERGED):
+            become(weights[row])
+            found.append(merge.network(**_row(batch, row)).logits)
+        return torch.cat(found)
 
     def hard() -> None:
         for expert in sorted(set(chosen)):
@@ -97,20 +101,26 @@ def _ways(model: wl.TwinModel, place: Path, batch: Mapping[str, Tensor], weights
         "the shared model alone": plain,
         "twin, weights given": lambda: model(**batch, weights=weights),
         "twin, with its router": lambda: model(**batch),
-        "merging for every sample": merging,
+        "merging for every sample, from the parts as they are stored": lambda: merging(merge.become_from_factors),
+        "merging for every sample, from whole differences": lambda: merging(merge.become),
         "full experts in memory, one for each sample": hard,
         "peft, adapter_names, one for each sample": lambda: adapted(**batch, adapter_names=names),
     }
     with torch.no_grad():
-        ours, theirs = model(**batch, weights=weights).logits[:MERGED], merging()
-    return ways, float((ours - theirs).abs().max() / theirs.abs().max())
+        ours = model(**batch, weights=weights).logits[:MERGED]
+        others = [merging(become) for become in (merge.become, merge.become_from_factors)]
+    return ways, max(float((ours - other).abs().max() / other.abs().max()) for other in others)
 
 
 class _Merging:
-    """One network whose weights become those of each sample in turn; all parts are in memory, dense."""
+    """One network whose weights become those of each sample in turn.
+
+    The fast way holds every expert's whole difference in memory, as much as an expert each; the other has what the twin
+    has, and multiplies factors out.
+    """
 
     def __init__(self, model: wl.TwinModel, network: Any) -> None:
-        self.network = network
+        self.network, self._layers = network, model._layers
         twin, state = model.twin, network.state_dict()
         with wl.patched(network, twin.shared):
             self.shared = {name: tensor.clone() for name, tensor in state.items()}
@@ -130,10 +140,12 @@ class _Merging:
             for weight, part in zip(given, self.parts, strict=True):
                 tensor.add_(part[name], alpha=weight)
 
-    def __call__(self, weights: Tensor, sample: Mapping[str, Tensor]) -> Tensor:
-        self.become(weights)
-        logits: Tensor = self.network(**sample).logits
-        return logits
+    def become_from_factors(self, weights: Tensor) -> None:
+        state = self.network.state_dict()
+        for place, mine in self._layers.items():
+            for name, part in mine.items():
+                full = f"{place}.{name}"
+                torch.add(self.shared[full], part.mixed(weights, state[full].shape), out=state[full])
 
 
 def _merged_module(place: Path, merge: _Merging, expert: int) -> Any:

@@ -84,9 +84,9 @@ def test_no_headroom() -> None:
 
 
 def test_times() -> None:
-    ways = {"the shared model alone": 2.0, "twin, with its router": 5.0, "merging for every sample": 80.0}
+    ways = {"the shared model alone": 2.0, "twin, with its router": 5.0, "merging for every sample, from files": 80.0}
     split = {"seconds": 12.0, "peak": 1.5e9, "anonymous": 1e9}
     one = {"milliseconds": ways, "furthest": 1e-6, "split": split, "bytes": {"base": 5e8, "twin": 1}, "parameters": 1}
     text = told([], timing={"RoBERTa": one}, **{"timed on": MACHINE})
-    assert "| merging for every sample | 80.0 (40.00) |" in text
-    assert "16 times as fast as merging" in text and "12 s and 1.50 GB" in text
+    assert "| merging for every sample, from files | 80.0 (40.00) |" in text
+    assert "16.0 times as fast as merging for every sample, from files" in text and "12 s and 1.50 GB" in text
