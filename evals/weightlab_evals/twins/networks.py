@@ -28,7 +28,7 @@ class Recipe:
 
 
 TUNE = Recipe(1e-4, 250, 32)
-LORA = Recipe(1e-3, 250, 32)
+LORA = Recipe(5e-4, 250, 32)
 RANK = 8
 """Of the LoRA experts."""
 
