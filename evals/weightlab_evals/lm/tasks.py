@@ -1,6 +1,6 @@
 """lm_eval's index of tasks, read once for many runs in one process.
 
-Making one reads all of the 13,000 YAML files that lm_eval brings, which takes longer than to score a small task.
+Making one reads the nearly 14,000 YAML files that lm_eval brings, which takes longer than to score a small task.
 """
 
 from __future__ import annotations
