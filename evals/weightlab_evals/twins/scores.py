@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import weightlab as wl
-from weightlab_evals.twins.networks import Batch, Part, moved
+from weightlab_evals.twins.networks import Batch, Part, moved, pooled
+from weightlab_evals.twins.texts import CLASSES
 
 CPU = torch.device("cpu")
 _BATCH = 64
@@ -48,7 +49,28 @@ def scored(module: nn.Module, part: Part) -> float:
     """Of a model as it is."""
     network: Any = module
     device = next(module.parameters()).device
-    return balanced(collected(part, lambda batch, rows: network(**batch).logits, device), part.labels)
+    said = collected(part, lambda batch, rows: network.classifier(pooled(network, batch)), device)
+    return balanced(said, part.labels)
+
+
+def choice_scored(modules: Sequence[nn.Module], part: Part, chosen: Tensor) -> float:
+    """Of several models, each text by one of them.
+
+    Args:
+        chosen: [N], numbers of models.
+    """
+    networks: Sequence[Any] = modules
+    device = networks[0].device
+
+    def told(batch: Batch, rows: list[int]) -> Tensor:
+        said = torch.zeros(len(rows), CLASSES, device=device)
+        for number in sorted(set(chosen[rows].tolist())):
+            mine = (chosen[rows] == number).to(device)
+            given = pooled(networks[number], {name: tensor[mine] for name, tensor in batch.items()})
+            said[mine] = networks[number].classifier(given)
+        return said
+
+    return balanced(collected(part, told, device), part.labels)
 
 
 def mixture_scored(twin: wl.TwinModel, part: Part, weights: Tensor, expert: int | None) -> dict[str, float]:
@@ -70,12 +92,12 @@ def mixture_scored(twin: wl.TwinModel, part: Part, weights: Tensor, expert: int 
 def _both_heads(twin: wl.TwinModel, batch: Batch, weights: Tensor, expert: int | None) -> Tensor:
     network: Any = twin.module
     with twin.mixing(weights.to(twin.device)):
-        pooled = network.bert(**batch).pooler_output
-        routed: Tensor = network.classifier(pooled)
+        given = pooled(network, batch)
+        routed: Tensor = network.classifier(given)
     if expert is None:
         return routed[:, None]
     with twin.mixing(one(expert, len(twin.names)).to(twin.device)):
-        return torch.stack([routed, network.classifier(pooled)], 1)
+        return torch.stack([routed, network.classifier(given)], 1)
 
 
 def one(expert: int, count: int) -> Tensor:

@@ -20,11 +20,10 @@ from weightlab_evals.twins import networks, scores, texts
 from weightlab_evals.twins.networks import LORA, TUNE, Batch, Part, Recipe
 from weightlab_evals.twins.texts import TASKS, UNSEEN
 
-RANKS = (1, 2, 4, 8, 16, 30, 64)
+RANKS = (1, 4, 16, 30, 64)
 COMPRESS = (*(f"low_rank:{rank}" for rank in RANKS), "energy:0.9", "sparse:0.1", "random:0.1")
 MAIN, TENTH = "low_rank:16", "low_rank:30"
 """The one that other ways are compared with at equal bytes; and the rank at which a part has a tenth of a model."""
-SHARED = "task_arithmetic 0.3"
 SCALES = {
     "task_arithmetic": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
     "ties:0.2": (0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
@@ -101,7 +100,7 @@ class Study:
 
     def _trained(self, name: str, shown: list[Part], recipe: Recipe) -> Path:
         def make(out: Path) -> None:
-            module = self._load(self._base)
+            module = self._to_train()
             networks.tune(module, shown, recipe, self._seed)
             module.save_pretrained(out)
 
@@ -119,7 +118,7 @@ class Study:
 
     def _adapter(self, name: str) -> Path:
         def make(out: Path) -> None:
-            networks.tune_lora(self._load(self._base), self._train[name], self._lora, self._seed, out)
+            networks.tune_lora(self._to_train(), self._train[name], self._lora, self._seed, out)
 
         return self._kept.made(f"adapter {name}", make)
 
@@ -155,6 +154,9 @@ class Study:
 
     def _load(self, folder: Path) -> Any:
         return networks.load(folder, str(self._device))
+
+    def _to_train(self) -> Any:
+        return networks.load(self._base, str(self._device), "eager")
 
     # What is found.
 
@@ -282,19 +284,7 @@ class Study:
         """Every text by the full expert to which the trained router gives most."""
         weights = self._weights("trained")
         modules = [self._load(self._expert(name)) for name in TASKS]
-
-        def told(batch: Batch, rows: list[int], chosen: Tensor) -> Tensor:
-            said = torch.zeros(len(rows), texts.CLASSES, device=self._device)
-            for expert in sorted(set(chosen[rows].tolist())):
-                mine = (chosen[rows] == expert).to(self._device)
-                said[mine] = modules[expert](**{name: tensor[mine] for name, tensor in batch.items()}).logits
-            return said
-
-        row = {}
-        for name, part in self._test.items():
-            said = scores.collected(part, partial(told, chosen=weights[name].argmax(1)), self._device)
-            row[name] = scores.balanced(said, part.labels)
-        return row
+        return {name: scores.choice_scored(modules, part, weights[name].argmax(1)) for name, part in self._test.items()}
 
 
 def study_id() -> str:
