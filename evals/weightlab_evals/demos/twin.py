@@ -47,7 +47,7 @@ class _TwinDemo:
         steps("twin", "split", "base", *EXPERTS, "-o", "twin", "--compress", f"low_rank:{RANK}")
         steps.say("The router learns whose text is whose from training texts:")
         shown = [word for name in EXPERTS for word in ("--data", f"{name}={name}.jsonl")]
-        steps("twin", "route", "twin", *shown, "--limit", str(ROUTED), "--length", "64")
+        steps("twin", "route", "twin", *shown, "--limit", str(ROUTED), "--length", str(study.longest))
 
         steps.say(f"Balanced accuracy on {ASKED} other texts of each task, which nobody has seen:")
         scores = study.scored(Path("twin"))
@@ -68,12 +68,13 @@ class _Trained:
         from weightlab_evals.twins import networks, texts
 
         self._networks, base = networks, Path("base")
+        self.longest = networks.LONGEST
         networks.write_base(packages["model"], base)
         every = texts.tasks(packages, _SEED)
         self._test = {name: networks.encoded(base, every[name].test[:ASKED]) for name in EXPERTS}
         recipe = networks.Recipe(networks.TUNE.rate, STEPS, networks.TUNE.batch)
         for name in EXPERTS:
-            module = networks.load(base)
+            module = networks.load(base, attention="eager")
             networks.tune(module, [networks.encoded(base, every[name].train)], recipe, _SEED)
             module.save_pretrained(name)
             lines = [json.dumps({"text": text}) for text, _ in every[name].train]
@@ -86,6 +87,11 @@ class _Trained:
 
         load = self._networks.load
         model = wl.TwinModel.from_pretrained(twin)
+
+        def routed(part: Any) -> float:
+            weights = scores.collected(part, lambda batch, rows: model.route(**batch))
+            return scores.mixture_scored(model, part, weights, None)["routed head"]
+
         average = [wl.diff("base", name, encode="dense:fp32").at(1 / len(EXPERTS)) for name in EXPERTS]
         merged: Any = load(Path("base"))
         with wl.patched(merged, average):
@@ -93,7 +99,7 @@ class _Trained:
         return {
             "each expert": {name: scores.scored(load(Path(name)), part) for name, part in self._test.items()},
             "their average": mean,
-            "twin, routed": {name: scores.scored(model, part) for name, part in self._test.items()},
+            "twin, routed": {name: routed(part) for name, part in self._test.items()},
         }
 
 
