@@ -16,6 +16,7 @@ import torch
 from _measure import measure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from weightlab_evals.twins import networks
 
 import weightlab as wl
@@ -84,12 +85,16 @@ def _ways(model: wl.TwinModel, place: Path, batch: Mapping[str, Tensor], weights
         with model.mixing(None):
             return model.module(**batch)
 
-    def merging(become: Callable[[Tensor], None]) -> Tensor:
-        found = []
-        for row in range(MERGED):
-            become(weights[row])
-            found.append(merge.network(**_row(batch, row)).logits)
-        return torch.cat(found)
+    def merging(answer: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Tensor:
+        return torch.cat([answer(weights[row], _row(batch, row)) for row in range(MERGED)])
+
+    def become(weights: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        merge.become(weights)
+        return merge.said(batch)
+
+    def become_from_factors(weights: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        merge.become_from_factors(weights)
+        return merge.said(batch)
 
     def hard() -> None:
         for expert in sorted(set(chosen)):
@@ -101,22 +106,23 @@ def _ways(model: wl.TwinModel, place: Path, batch: Mapping[str, Tensor], weights
         "the shared model alone": plain,
         "twin, weights given": lambda: model(**batch, weights=weights),
         "twin, with its router": lambda: model(**batch),
-        "merging for every sample, from the parts as they are stored": lambda: merging(merge.become_from_factors),
-        "merging for every sample, from whole differences": lambda: merging(merge.become),
+        "merging for every sample, from the parts as they are stored": lambda: merging(become_from_factors),
+        "merging for every sample, from whole differences, into new tensors": lambda: merging(merge.anew),
+        "merging for every sample, from whole differences, in place": lambda: merging(become),
         "full experts in memory, one for each sample": hard,
         "peft, adapter_names, one for each sample": lambda: adapted(**batch, adapter_names=names),
     }
     with torch.no_grad():
         ours = model(**batch, weights=weights).logits[:MERGED]
-        others = [merging(become) for become in (merge.become, merge.become_from_factors)]
+        others = [merging(answer) for answer in (become, become_from_factors, merge.anew)]
     return ways, max(float((ours - other).abs().max() / other.abs().max()) for other in others)
 
 
 class _Merging:
     """One network whose weights become those of each sample in turn.
 
-    The fast way holds every expert's whole difference in memory, as much as an expert each; the other has what the twin
-    has, and multiplies factors out.
+    Two ways hold every expert's whole difference in memory, as much as an expert each: one as it is written down, with
+    new tensors for every sample, one without one. The third has what the twin has, and multiplies factors out.
     """
 
     def __init__(self, model: wl.TwinModel, network: Any) -> None:
@@ -139,6 +145,19 @@ class _Merging:
             tensor.copy_(self.shared[name])
             for weight, part in zip(given, self.parts, strict=True):
                 tensor.add_(part[name], alpha=weight)
+
+    def anew(self, weights: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        given = weights.tolist()
+        merged = {
+            name: tensor + sum(weight * part[name] for weight, part in zip(given, self.parts, strict=True))
+            for name, tensor in self.shared.items()
+        }
+        said: Tensor = functional_call(self.network, merged, (), batch).logits
+        return said
+
+    def said(self, batch: dict[str, Tensor]) -> Tensor:
+        said: Tensor = self.network(**batch).logits
+        return said
 
     def become_from_factors(self, weights: Tensor) -> None:
         state = self.network.state_dict()
