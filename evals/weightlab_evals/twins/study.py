@@ -25,7 +25,7 @@ COMPRESS = (*(f"low_rank:{rank}" for rank in RANKS), "energy:0.9", "sparse:0.1",
 MAIN, TENTH = "low_rank:16", "low_rank:30"
 """The one that other ways are compared with at equal bytes; and the rank at which a part has a tenth of a model."""
 SCALES = {
-    "task_arithmetic": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    "task_arithmetic": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5),
     "ties:0.2": (0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
     "ties:0.5": (0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
 }
