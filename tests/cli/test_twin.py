@@ -78,6 +78,8 @@ def test_route(weightlab: Weightlab, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ]
         Path(f"{kind}.txt").write_text("\n".join(lines))
         Path(f"{kind}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+        with Path(f"{kind}.jsonl").open("a", encoding="utf-8") as file:  # a line of text may have a line separator
+            file.write("\n" + json.dumps({"text": f"{kind}0\u2028{kind}1"}, ensure_ascii=False) + "\n")
     data = ("--data", "first=a.txt", "--data", "second=b.jsonl")
     dry = weightlab("twin", "route", "twin", *data, "--router", "nearest", "--dry-run", "--json")
     assert dry.code == 0 and not Path("twin/router.json").exists()
@@ -89,6 +91,10 @@ def test_route(weightlab: Weightlab, tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("c.jsonl").write_text('{"words": 1}')
     broken = weightlab("twin", "route", "twin", "--data", "first=c.jsonl", "--data", "second=b.txt")
     assert broken.code == 3 and "no JSON lines" in broken.err
+    for path in Path("twin").glob("token*"):
+        path.unlink()
+    mute = weightlab("twin", "route", "twin", *data)
+    assert mute.code == 3 and "no tokenizer" in mute.err
 
 
 def test_a_patch_and_an_expert_of_another_shape(weightlab: Weightlab, patches: Path) -> None:

@@ -175,6 +175,9 @@ def test_what_makes_no_sense(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     with pytest.raises(UsageError, match="one of them"):
         wl.lora_export(patch, out, model=base, rank=3, energy=0.5)
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="makes no sense"):
+            wl.lora_export(patch, out, model=base, energy=share)
     with pytest.raises(UsageError, match="nothing beside LoRA"):
         wl.lora_export(patch, out, model=base, vllm=True, vectors=True)
     with pytest.raises(NamesMismatchError, match="lacks"):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import weightlab as wl
 from tests.ops.test_lora import vllm_rules
 from tests.twin.test_route import classifiers, ids, llamas  # noqa: F401
-from weightlab.errors import UsageError
+from weightlab.errors import MisfitError, UsageError
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")
 peft: Any = pytest.importorskip("peft", reason="peft is an extra")
@@ -77,3 +79,21 @@ def test_classifiers(classifiers: list[Path], tmp_path: Path) -> None:  # noqa: 
         with torch.no_grad():
             found, meant = network(**batch).logits, model(**batch, weights=weights).logits
         torch.testing.assert_close(found, meant[:, :labels], rtol=1e-3, atol=1e-4)
+
+
+def test_the_shared_model_is_that_of_the_base_as_it_was(llamas: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    base = shutil.copytree(llamas[0], tmp_path / "base")
+    wl.twin_split(base, llamas[1:], tmp_path / "twin", compress="low_rank:4")
+    wl.twin_export(tmp_path / "twin", tmp_path / "before", rank=32)
+    wl.apply(base, wl.diff(llamas[0], llamas[1], tmp_path / "patch.safetensors"), in_place=True)
+    wl.twin_export(tmp_path / "twin", tmp_path / "after", rank=32)
+    one, two = (load_file(tmp_path / name / "shared" / "model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()) and len(one) == len(two)
+
+
+def test_a_base_with_a_classifier_of_another_size(classifiers: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    _, two, other, five = classifiers
+    wl.twin_split(two, {"other": other, "five": five}, tmp_path / "twin", compress="low_rank:4")
+    with pytest.raises(MisfitError, match="another size") as error:
+        wl.twin_export(tmp_path / "twin", tmp_path / "out")
+    assert list(error.value.offenders) == ["classifier.bias", "classifier.weight"] and not (tmp_path / "out").exists()

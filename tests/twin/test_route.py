@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import weightlab as wl
-from weightlab.errors import MisfitError, MissingInputError, UsageError, WrongBaseError
+from weightlab.errors import MalformedFileError, MisfitError, MissingInputError, UsageError, WrongBaseError
 from weightlab.twin.model import TwinModel, only_largest
 from weightlab.twin.routers import ROUTERS
 
@@ -126,6 +126,17 @@ def test_a_router_for_others_is_refused(classifiers: list[Path], tmp_path: Path)
         shutil.copyfile(one.path / name, two.path / name)
     with pytest.raises(MisfitError, match="other experts"):
         TwinModel.from_pretrained(two.path)
+    shutil.copyfile(two.path / "router.safetensors", tmp_path / "tensors")
+    wl.save_router(wl.route(model, texts(seed=1), kind="nearest").router, one.path)
+    shutil.copyfile(tmp_path / "tensors", one.path / "router.safetensors")
+    with pytest.raises(MalformedFileError, match="no router") as broken:
+        TwinModel.from_pretrained(one.path)
+    assert "another than the one" in broken.value.offenders[0]
+    with torch.no_grad():
+        next(model.module.parameters())[50] = torch.nan
+    with pytest.raises(MisfitError, match="not finite") as unknown:
+        wl.route(model, texts(), kind="nearest")
+    assert unknown.value.offenders[0] == "expert1: 0" and unknown.value.offenders[1] != "expert2: 0"
     with pytest.raises(UsageError, match="not that of the experts") as error:
         wl.route(model, {"expert1": [], "expert4": []})
     assert len(error.value.offenders) == 3

@@ -170,6 +170,8 @@ def test_what_does_not_fit_is_listed(models: list[Path], tmp_path: Path) -> None
     codes = save(tmp_path / "codes", {n: t.to(torch.int8) if n == "layer.weight" else t for n, t in state.items()})
     with pytest.raises((NamesMismatchError, MisfitError)):
         wl.twin_split(base, [one, codes], tmp_path / "twin")
+    with pytest.raises(UsageError, match="no names for experts"):  # it would be taken for the shared part
+        wl.twin_split(base, {"one": one, "shared": two}, tmp_path / "twin")
     assert not (tmp_path / "twin").exists() and not list(tmp_path.glob(".twin*"))
 
 
@@ -196,3 +198,41 @@ def test_an_exact_patch_of_another_base_is_refused(models: list[Path], tmp_path:
     with pytest.raises(WrongBaseError):
         wl.twin_split(base, [one, tmp_path / "elsewhere.safetensors"], tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
+
+
+def test_a_twin_in_the_folder_of_its_base(models: list[Path], tmp_path: Path) -> None:
+    """What is another twin's, or half made, is none of the base's files; nor is a router, whoever it is from."""
+    base, *experts = models
+    (base / "router.json").write_text("{}")
+    (base / "words").mkdir()
+    (base / "words" / "vocab.txt").write_text("a")
+    for name in ("one", "two"):
+        twin = wl.twin_split(base, experts, base / name)
+        beside = {str(f.relative_to(twin.path)) for f in twin.path.rglob("*") if f.is_file()}
+        parts = {f for f in beside if f.startswith(("experts/", "shared/"))}
+        assert beside - parts == {"twin.json", "config.json", "words/vocab.txt"}
+        assert wl.open_twin(twin.path).names == ["expert1", "expert2", "expert3"]
+
+
+def test_tied_weights_that_some_store_twice(tmp_path: Path) -> None:
+    folders = []
+    for seed, twice in enumerate((True, True, False)):
+        state = near(random(0), seed) if seed else random(0)
+        state = {**state, "head.weight": state["embed.weight"].clone()} if twice else state
+        folders.append(save(tmp_path / f"m{seed}", state))
+    twin = wl.twin_split(folders[0], folders[1:], tmp_path / "twin")
+    assert twin.header.left_out == ["head.weight"]
+    assert all("head.weight" not in patch.records for patch in (twin.shared, *twin.exclusive.values()))
+    state = load_file(folders[2] / "model.safetensors")
+    save_file({**state, "head.weight": 2 * state["embed.weight"]}, folders[2] / "model.safetensors")
+    del state["embed.weight"]
+    with pytest.raises(NamesMismatchError):  # which is no copy
+        wl.twin_split(folders[2], [folders[0], save(tmp_path / "without", state)], tmp_path / "other")
+
+
+def test_a_folder_that_is_reached_by_a_link(models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "down")
+    twin = wl.twin_split(base, experts, tmp_path / "link" / "twin")
+    assert (twin.path / str(twin.header.base["path"])).samefile(base)

@@ -54,7 +54,7 @@ def companions(folder: Path, model_files: Collection[str]) -> tuple[list[Path], 
 
 def _files(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in _NOT_OURS)
+        folders[:] = sorted(f for f in folders if f not in _NOT_OURS and not f.endswith(_TEMPORARY))
         for name in sorted(files):
             yield Path(place) / name
 

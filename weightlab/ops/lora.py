@@ -64,6 +64,8 @@ def lora_export(
         raise UsageError("vLLM loads nothing beside LoRA", "leave out vectors, or export for peft")
     if rank is not None and energy is not None:
         raise UsageError("rank and energy say the same thing", "give one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy={energy:g} makes no sense", "give a share above 0, up to 1")
     resources = resources or Resources()
     made = network_in(model) if network is None else network
     if made is None:

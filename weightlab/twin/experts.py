@@ -25,8 +25,11 @@ from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.stream.executor import Resources, WorkspaceOfThread
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import TensorSpec
+from weightlab.twin.folder import SHARED
 
 _NOT_IN_NAMES = frozenset("/\\:\0,=")
+_TAKEN = frozenset((SHARED,))
+"""What is called so is not an expert, in lists of sizes and among exported folders."""
 
 
 def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, PathLike]:
@@ -44,7 +47,9 @@ def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, Pat
     twice = [f"{name}: {', '.join(map(str, paths))}" for name, paths in found.items() if len(paths) > 1]
     if twice:
         raise UsageError("two experts have the same name", "name them: NAME=PATH", twice)
-    wrong = [repr(name) for name in found if not name or name.startswith(".") or _NOT_IN_NAMES & set(name)]
+    wrong = [
+        repr(name) for name in found if not name or name.startswith(".") or _NOT_IN_NAMES & set(name) or name in _TAKEN
+    ]
     if wrong:
         raise UsageError("these are no names for experts", "name them: NAME=PATH", wrong)
     return {name: paths[0] for name, paths in found.items()}
@@ -129,6 +134,9 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
         if not having:
             left_out.append(name)
         elif len(having) < len(experts):
+            if all(redundant_copy_of(source, name, source.specs) for source in (start, *having)):
+                left_out.append(name)  # tied, and stored once more by some; those that store it once say the same
+                continue
             lacking = [n for n, source in experts.items() if name not in source.specs]
             wrong.append(f"{spec}: not in {', '.join(lacking)}")
         elif all(source.specs[name].shape == spec.shape and source.specs[name].is_float for source in having):

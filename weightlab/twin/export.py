@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.errors import UsageError
+from weightlab.errors import MisfitError, UsageError
 from weightlab.files.atomic import atomic_folder, refuse_existing
 from weightlab.networks.made import network_in
 from weightlab.ops.adapter_out import LoraExport
-from weightlab.ops.apply import apply
 from weightlab.ops.companions import copy_companions
 from weightlab.ops.lora import lora_export
-from weightlab.ops.operands import PathLike
+from weightlab.ops.new_checkpoint import write_out
+from weightlab.ops.operands import PathLike, reading
+from weightlab.patches.fit import StackEntry
+from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
-from weightlab.twin.folder import EXPERTS, SHARED, open_twin
+from weightlab.twin.folder import EXPERTS, SHARED, Twin, open_twin
 from weightlab.twin.loading import base_of_twin
 
 
@@ -55,16 +57,21 @@ def twin_export(
 
     Raises:
         UsageError: the network is not known.
+        MisfitError: the base has classifiers of another size than the experts' own.
         WrongBaseError, MissingInputError: see `TwinModel.from_pretrained`.
     """
     place, resources = Path(out), resources or Resources()
     refuse_existing(place)
     twin = open_twin(Path(folder))
     start = base_of_twin(twin, base, wait, resources)
+    _require_no_other_head(twin, start, wait)
     vectors = vectors and not vllm
     done = TwinExport(str(out), str(place / SHARED))
     with atomic_folder(place) as temporary:
-        apply(start, twin.shared, out=temporary / SHARED, wait=wait, resources=resources)
+        # On the base as it was, whatever is on it now: as TwinModel has it.
+        entry = StackEntry(twin.shared, twin.shared.exact_scale)
+        options = ChangeOptions("refuse", False, wait, False, resources)
+        write_out(start, temporary / SHARED, lambda on: [(SHARED, entry)], None, options)
         for name, patch in twin.exclusive.items():
             own = twin.path / EXPERTS / name
             network = network_in(own if (own / "config.json").is_file() else temporary / SHARED, architecture)
@@ -86,3 +93,17 @@ def twin_export(
             kept = [Path(file.name) for file in sorted(own.glob("*.json"))]
             copy_companions(own, kept, temporary / name)
     return done
+
+
+def _require_no_other_head(twin: Twin, base: PathLike, wait: float) -> None:
+    """Raises:
+    MisfitError: lists tensors of the base that experts have in a size of their own, which no adapter replaces.
+    """
+    with reading(base, wait=wait) as source:
+        wrong = sorted({n for name in twin.names for n in twin.heads(name) if n in source.specs})
+    if wrong:
+        raise MisfitError(
+            "the base has these tensors in another size than the experts",
+            "split from a base without them, or serve it as a twin",
+            wrong,
+        )

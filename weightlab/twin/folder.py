@@ -21,6 +21,7 @@ from weightlab.patches.patch import Patch, open_patch
 SCHEMA = 1
 HEADER = "twin.json"
 SHARED, EXPERTS, EXCLUSIVE = "shared", "experts", "exclusive"
+ROUTER = "router.json"
 
 
 class _Strict(BaseModel):
@@ -107,19 +108,18 @@ def open_twin(path: Path) -> Twin:
         raise MalformedFileError(f"{file}: not understood", "make the twin again", [str(error)]) from error
     if header.schema_version != SCHEMA:
         raise MalformedFileError(f"{file}: version {header.schema_version} is not known here", "update weightlab")
-    places = {SHARED: path / SHARED} | {e.name: path / EXPERTS / e.name / EXCLUSIVE for e in header.experts}
-    missing = [f"{name}: {place}" for name, place in places.items() if not place.exists()]
+    # By folder, not by name: an expert may have any name that a folder can have.
+    wanted = {SHARED: header.shared} | {f"{EXPERTS}/{e.name}/{EXCLUSIVE}": e.patch for e in header.experts}
+    missing = [place for place in wanted if not (path / place).exists()]
     if missing:
         raise MissingInputError(
             f"{path}: parts of it are missing", "copy them too, or split again with the experts that there are", missing
         )
-    patches = {name: open_patch(place) for name, place in places.items()}
-    wanted = {SHARED: header.shared} | {e.name: e.patch for e in header.experts}
+    patches = {place: open_patch(path / place) for place in wanted}
     wrong = [
-        f"{name}: {patch.id} is there, {wanted[name]} belongs"
-        for name, patch in patches.items()
-        if patch.id != wanted[name]
+        f"{place}: {p.id} is there, {wanted[place]} belongs" for place, p in patches.items() if p.id != wanted[place]
     ]
     if wrong:
         raise IntegrityError(f"{path}: parts of another twin", "copy the folder as a whole", wrong)
-    return Twin(path, header, patches.pop(SHARED), patches)
+    shared, *exclusive = patches.values()
+    return Twin(path, header, shared, {e.name: p for e, p in zip(header.experts, exclusive, strict=True)})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weightlab.twin.layers import addition, again, of_rows
+from weightlab.twin.layers import addition, again, are_places, leaves_open, of_rows
 from weightlab.twin.observing import input_width, right_vectors
 from weightlab.twin.parts import Parts
 
@@ -30,7 +31,8 @@ class Layer:
             layer.register_forward_hook(self, with_kwargs=True, prepend=True)
         else:
             self._layer, self._forward = layer, layer.forward
-            layer.forward = self._instead
+            # Under the signature that it has, by which arguments are told apart.
+            layer.forward = wraps(layer.forward)(partial(self._instead))
 
     def forget(self) -> None:
         """Lets go of what was computed from the parts."""
@@ -41,6 +43,8 @@ class Layer:
         if weights is None or self._inside:
             return self._forward(*args, **kwargs)
         self._owner._asked.add(self._name)
+        if leaves_open((*args, *kwargs.values()), len(weights)):
+            self._owner._guessed.add((self._name, "rows"))
         self._inside = True
         try:
             return again(self._layer, self.parts, weights, args, kwargs, self._owner._for_sample, self._name)
@@ -55,7 +59,10 @@ class Layer:
             return None
         self._owner._asked.add(self._name)
         given = args[0] if args else next(iter(kwargs.values()))
-        shared = len(given) == 1 or (isinstance(layer, nn.Embedding) and given.ndim == 1)
+        numbers = isinstance(layer, nn.Embedding) and given.ndim == 1
+        shared = len(given) == 1 or numbers
+        if numbers and leaves_open((given,), len(weights)):
+            self._owner._guessed.add((self._name, "places" if are_places(given) else "labels"))
         rows = weights if shared else of_rows(weights, len(given), self._name)
         classes = next((part.classes for part in self.parts.values() if part.classes), None)
         if classes is None:
@@ -64,7 +71,8 @@ class Layer:
         said = rows.argmax(1)
         alone = functional.one_hot(said, rows.shape[1]).to(output.dtype)
         output = self._add(layer, self.parts, alone, given, output)
-        there = torch.tensor([classes[expert] for expert in said.tolist()], device=output.device)
+        every = output.shape[-1]  # of an expert that has no such classifier
+        there = torch.tensor([classes.get(expert, every) for expert in said.tolist()], device=output.device)
         beyond = torch.arange(output.shape[-1], device=output.device) >= there.view(-1, *(1,) * (output.ndim - 1))
         return output.masked_fill(beyond, float("-inf"))
 

@@ -11,7 +11,7 @@ for each sample with merged weights, or with all samples' at a time where these 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -116,10 +116,28 @@ def _vectors(part: Parts, weights: Tensor) -> Tensor:
     return weights[:, experts].to(vectors.dtype) @ vectors
 
 
+def leaves_open(given: Iterable[Any], samples: int) -> bool:
+    """Whether it is a guess, by `_embedding` and `_sliced`, which rows of these arguments are whose."""
+    shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)]
+    return samples > 1 and any(shape in ((samples,), (samples, samples)) for shape in shapes)
+
+
+def are_places(given: Tensor) -> bool:
+    """Whether numbers [n] are 0 to n - 1."""
+    return torch.equal(given, torch.arange(len(given), device=given.device).to(given))
+
+
 def _embedding(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
-    matrix = parts["weight"]
-    if given.ndim == 1:  # places that all samples share
-        given, output = given[None], output[None]
+    if given.ndim > 1:
+        return _embedded(parts["weight"], weights, given, output)
+    if len(weights) == 1:
+        return _embedded(parts["weight"], weights, given[None], output[None])[0]
+    if len(given) == len(weights) and not are_places(given):  # a label of each sample
+        return _embedded(parts["weight"], weights, given[:, None], output[:, None])[:, 0]
+    return _embedded(parts["weight"], weights, given[None], output[None])  # places that all samples share
+
+
+def _embedded(matrix: Parts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     if len(given) == 1 < len(weights):
         output = output.expand(len(weights), *output.shape[1:])
     if matrix.left is not None and matrix.right is not None and matrix.owner is not None:
@@ -150,6 +168,8 @@ def _convolution(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, out
 
 
 def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+    if len(given) == 1 < len(weights):  # one input for all
+        output = output.expand(len(weights), *output.shape[1:])
     plain = functional.layer_norm(given, layer.normalized_shape, None, None, layer.eps)
     if "weight" in parts:
         vectors = _spread(_vectors(parts["weight"], weights), plain)
@@ -209,14 +229,14 @@ def again(
         raise MisfitError(f"{name}: {what}", "route by group (group=True), or one sample at a time")
     found = []
     for sample, own in enumerate(weights):
-        mine = (_sliced(value, sample, len(weights), rows, name) for value in args)
+        mine = (_sliced(value, sample, len(weights), tensors[0], name) for value in args)
         named = {
-            key: value if key in _PLACES else _sliced(value, sample, len(weights), rows, name)
+            key: value if key in _PLACES else _sliced(value, sample, len(weights), tensors[0], name)
             for key, value in kwargs.items()
         }
         with for_sample(sample):
             found.append(functional_call(layer, _merged(state, parts, own), tuple(mine), named))
-    return _together(found)
+    return _together(found, name)
 
 
 def _require_samples_first(
@@ -237,11 +257,22 @@ def _merged(state: Mapping[str, Tensor], parts: Mixture, weights: Tensor) -> dic
     return {n: (state[n] + part.mixed(weights.float(), state[n].shape)).to(state[n].dtype) for n, part in parts.items()}
 
 
-def _sliced(value: Any, sample: int, samples: int, rows: int, name: str) -> Any:
-    """One sample's rows of an argument that has rows for all. What has one dimension is places, and no samples."""
+def _sliced(value: Any, sample: int, samples: int, first: Tensor, name: str) -> Any:
+    """One sample's rows of an argument that has rows for all.
+
+    What has one dimension is about samples, unless there are as many places.
+
+    Args:
+        first: the first argument, which has rows for all.
+    """
+    rows = len(first)
     if isinstance(value, tuple | list):
-        return type(value)(_sliced(each, sample, samples, rows, name) for each in value)
-    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != rows or rows == 1:
+        return type(value)(_sliced(each, sample, samples, first, name) for each in value)
+    if isinstance(value, Mapping):
+        return _like(value, {key: _sliced(each, sample, samples, first, name) for key, each in value.items()})
+    if not isinstance(value, Tensor) or not value.ndim or len(value) != rows or rows == 1:
+        return value
+    if value.ndim == 1 and rows in first.shape[1:2]:
         return value
     if rows % samples:
         raise MisfitError(
@@ -252,10 +283,28 @@ def _sliced(value: Any, sample: int, samples: int, rows: int, name: str) -> Any:
     return value[sample * each : (sample + 1) * each]
 
 
-def _together(found: list[Any]) -> Any:
+def _together(found: list[Any], name: str) -> Any:
+    """What each sample gave, as one batch.
+
+    Raises:
+        MisfitError: it is nothing that has rows.
+    """
     first = found[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor) and first.ndim:
         return torch.cat(found)
     if isinstance(first, tuple | list):
-        return type(first)(_together(list(each)) for each in zip(*found, strict=True))
-    return first
+        return type(first)(_together(list(each), name) for each in zip(*found, strict=True))
+    if isinstance(first, Mapping):
+        return _like(first, {key: _together([each[key] for each in found], name) for key in first})
+    if first is None or isinstance(first, bool | int | float | str):
+        return first
+    raise MisfitError(
+        f"{name} gives a {type(first).__name__}, which holds all samples",
+        "route by group (group=True), or one at a time",
+    )
+
+
+def _like(first: Mapping[str, Any], values: dict[str, Any]) -> Any:
+    """A mapping of that class, a dict or an output of transformers."""
+    made: Any = type(first)
+    return made(**values)

@@ -105,6 +105,7 @@ def base_of_twin(twin: Twin, base: PathLike | None, wait: float, resources: Reso
 def shared_state(twin: Twin, base: PathLike, wait: float, resources: Resources) -> dict[str, Tensor]:
     """The tensors of the shared model, under the files' names, in the base's dtypes."""
     with ExitStack() as stack:
+        twin.shared.verify(resources)
         start = clean_source(stack, model_path(base), wait, resources)
         kept = [n for n in start.specs if n not in twin.header.left_out]
         chosen = ChosenSource(start, kept)
@@ -152,4 +153,4 @@ def _widest_heads(twin: Twin) -> dict[str, tuple[int, ...]]:
 
 def _common_dtype(state: dict[str, Tensor]) -> torch.dtype:
     floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    return max(set(floats), key=floats.count)
+    return max(dict.fromkeys(floats), key=floats.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightlab.errors import UsageError
+from weightlab.errors import MisfitError, UsageError
 from weightlab.ops.operands import PathLike
 from weightlab.stream.executor import Resources
+from weightlab.twin.checking import require_merged
 from weightlab.twin.folder import Twin, open_twin
 from weightlab.twin.layer import Layer
 from weightlab.twin.loading import fill, shared_module
-from weightlab.twin.observing import last_hidden, pooled, require_apart, require_no_say
+from weightlab.twin.observing import last_hidden, pooled
 from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
 from weightlab.twin.routing import open_router
@@ -32,12 +34,16 @@ class TwinModel(nn.Module):
     What it gives is what the shared model would give with Σₜ wₜ·partₜ merged into it for each sample, up to rounding.
     Samples are the rows of the inputs, in order; rows that belong to one sample (beams) lie beside each other.
 
+    The first batch, and those whose shapes leave open which rows are whose, are looked at: what the first and the last
+    sample get is compared with what merged weights give, in three more passes, for which the tensors that have parts
+    are held twice. Threads take turns.
+
     Args:
         module: the shared model: the base with `twin.shared` on. It is in evaluation mode from now on.
         twin: the folder that the parts come from.
-        independent: whether each sample's output hangs on no other sample, as it nearly always does; that is looked at
-            on the first batch that has several, since it would not if samples were confused. False for networks that
-            compare the samples of a batch.
+        independent: whether each sample's output hangs on no other sample, as it nearly always does. False for networks
+            that compare the samples of a batch.
+        checked: False: nothing is compared. For where there is no room, of networks that have been compared before.
 
     Attributes:
         module: the same.
@@ -46,9 +52,18 @@ class TwinModel(nn.Module):
 
     Raises:
         NamesMismatchError, MisfitError: the parts do not fit the module; all misfits are listed.
+        IntegrityError: parts are damaged.
     """
 
-    def __init__(self, module: nn.Module, twin: Twin, *, independent: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        twin: Twin,
+        *,
+        independent: bool = True,
+        checked: bool = True,
+        resources: Resources | None = None,
+    ) -> None:
         super().__init__()
         self.module = module.eval()
         self.twin = twin
@@ -56,9 +71,14 @@ class TwinModel(nn.Module):
         self._weights: Tensor | None = None
         self._heard: list[Tensor] | None = None
         self._asked: set[str] = set()
-        self._looked, self._apart = False, not independent
+        self._independent, self._checked = independent, checked
+        self._looked_at: set[tuple[Any, ...]] = set()
+        self._guessed: set[tuple[str, str]] = set()
+        self._turn = threading.RLock()
         self.router = open_router(twin)
         heads = {name for expert in twin.names for name in twin.heads(expert)}
+        for patch in twin.exclusive.values():
+            patch.verify(resources)
         found = parts_on(module, list(twin.exclusive.values()), heads)
         state = module.state_dict(keep_vars=True)
         layers: dict[str, dict[str, Parts]] = {}
@@ -84,6 +104,7 @@ class TwinModel(nn.Module):
         architecture: str | None = None,
         dtype: torch.dtype | None = None,
         independent: bool = True,
+        checked: bool = True,
         wait: float = 0.0,
         resources: Resources | None = None,
     ) -> TwinModel:
@@ -93,7 +114,7 @@ class TwinModel(nn.Module):
             base: where the base is now; None: where it was when the twin was made, from the folder.
             architecture: the class of transformers; None: the experts', else the base's.
             dtype: None: the base's.
-            independent: as for the class.
+            independent, checked: as for the class.
 
         Raises:
             MissingInputError, MalformedFileError, IntegrityError: see `open_twin`; or the base is not there.
@@ -102,7 +123,7 @@ class TwinModel(nn.Module):
         """
         twin = open_twin(Path(folder))
         module = shared_module(twin, base, architecture, dtype, wait, resources or Resources())
-        return cls(module, twin, independent=independent)
+        return cls(module, twin, independent=independent, checked=checked, resources=resources)
 
     @classmethod
     def over(
@@ -112,6 +133,7 @@ class TwinModel(nn.Module):
         base: PathLike | None = None,
         *,
         independent: bool = True,
+        checked: bool = True,
         wait: float = 0.0,
         resources: Resources | None = None,
     ) -> TwinModel:
@@ -119,13 +141,13 @@ class TwinModel(nn.Module):
 
         Args:
             module: its state dict has the names of the base's tensors, and of those that experts bring along.
-            base, independent: as for `from_pretrained`.
+            base, independent, checked: as for `from_pretrained`.
 
         Raises:
             NamesMismatchError: lists the tensors in which they differ; others as for `from_pretrained`.
         """
         fill(module, twin, base, wait, resources or Resources())
-        return cls(module, twin, independent=independent)
+        return cls(module, twin, independent=independent, checked=checked, resources=resources)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Where `to`, `cuda`, `half` and their like come together: the parts go with the module."""
@@ -173,12 +195,22 @@ class TwinModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """The module's `generate`; the mixture of a prompt stays to the end of what is generated, for all its beams."""
-        mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
         module: Any = self.module
-        with self.mixing(mixture), torch.no_grad():
-            output = module.generate(*args, **kwargs)
+        if args or "inputs" in kwargs:  # what `generate` calls inputs has the network's own name in its `forward`
+            given, *others = (kwargs.pop("inputs"), *args) if "inputs" in kwargs else args
+            args, kwargs = tuple(others), {module.main_input_name: given, **kwargs}
+        if args:
+            raise UsageError("only the inputs come without a name", "name the other arguments of generate")
         known = inspect.signature(module.forward).parameters
-        self._look(mixture, args, {name: value for name, value in kwargs.items() if name in known})
+        prompt = {name: value for name, value in kwargs.items() if name in known}
+        mixture = self._mixture(self.route(**prompt) if weights is None else weights, top_k, group)
+        with self.mixing(mixture), torch.no_grad():
+            output = module.generate(**kwargs)
+        start = getattr(module.config, "decoder_start_token_id", None)
+        if module.config.is_encoder_decoder and start is not None:
+            ids = torch.full((len(prompt[module.main_input_name]), 1), start, device=self.device)
+            prompt.setdefault("decoder_input_ids", ids)
+        self._look(mixture, (), prompt)
         return (output, mixture) if return_routing else output
 
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,18 +240,34 @@ class TwinModel(nn.Module):
             return Observed(pooled(hidden, mask))
         if not heard:
             raise UsageError("no linear layer has low-rank parts", "choose another router, or compress low_rank")
-        return Observed(pooled(hidden, mask), torch.stack([pooled(each, mask) for each in heard]).mean(0))
+        each = [pooled(found, mask) for found in heard if len(found) == len(hidden)]
+        if not each:
+            raise MisfitError("no layer has its inputs in samples", "choose another router")
+        return Observed(pooled(hidden, mask), torch.stack(each).mean(0))
 
-    def _look(self, mixture: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Once: makes sure that layers which were not asked have no say either, and that samples are not confused."""
-        if not self._looked:
-            with self.mixing(None), torch.no_grad():
-                require_no_say(self.module, self._layers, self._asked, args, kwargs)
-            self._looked = True
-        if not self._apart and len(mixture) > 1:
-            with torch.no_grad():
-                require_apart(self.module, self.mixing, mixture, args, kwargs)
-            self._apart = True
+    def _look(self, mixture: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares with merged weights: the first batch, the first of several samples, and where rows were guessed."""
+        guessed, self._guessed = frozenset(self._guessed), set()
+        given = (*args, *kwargs.values())
+        if not self._checked or any(hasattr(value, "get_seq_length") for value in given):
+            return  # a cache would be filled once more
+        shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)] if guessed else []
+        key = (len(mixture) > 1, guessed, *shapes)
+        if key in self._looked_at:
+            return
+        with self._turn, torch.no_grad():
+            require_merged(
+                self.module,
+                self._layers,
+                self.mixing,
+                mixture,
+                self._asked,
+                args,
+                kwargs,
+                independent=self._independent,
+            )
+        self._looked_at.add(key)
+        self._guessed = set()
 
     def _mixture(self, weights: Tensor | Sequence[Any], top_k: int | None, group: bool) -> Tensor:
         mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
@@ -239,12 +287,16 @@ class TwinModel(nn.Module):
 
     @contextmanager
     def mixing(self, weights: Tensor | None) -> Iterator[None]:
-        """For the length of a block the module takes these mixtures [samples, T]; None: it is the shared model."""
-        before, self._weights = self._weights, weights
-        try:
-            yield
-        finally:
-            self._weights = before
+        """For the length of a block the module takes these mixtures [samples, T]; None: it is the shared model.
+
+        Other threads wait until it ends.
+        """
+        with self._turn:
+            before, self._weights = self._weights, weights
+            try:
+                yield
+            finally:
+                self._weights = before
 
     def _for_sample(self, sample: int) -> Any:
         assert self._weights is not None

@@ -115,14 +115,12 @@ def _joined(tensor: Tensor, pieces: Sequence[_Piece], heads: Collection[str]) ->
             rights.append(factors[1])
             owners += [piece.expert] * len(factors[1])
             continue
-        whole = found.dense.setdefault(
-            piece.expert, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        )
+        whole = found.dense.setdefault(piece.expert, _zeros_like(tensor))
         inside = piece.view.storage_offset() - tensor.storage_offset()
         part = whole.as_strided(piece.view.shape, piece.view.stride(), inside)
         if piece.name in heads:  # of a classifier with fewer classes than another expert's, the first rows
             values = _values(piece)
-            part[: len(values)].copy_(values)
+            (part[: len(values)] if values.ndim else part).copy_(values)
             found.classes[piece.expert] = len(values) if values.ndim else 1
         else:
             part.copy_(_delta(piece))
@@ -132,6 +130,12 @@ def _joined(tensor: Tensor, pieces: Sequence[_Piece], heads: Collection[str]) ->
         found.left, found.right = torch.cat(lefts, 1).to(tensor), torch.cat(rights, 0).to(tensor)
         found.owner = torch.tensor(owners, device=tensor.device)
     return found
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros that lie in memory as it does (channels last, say): a view of one is at the same places of the other."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.zero_()
 
 
 def _factors(tensor: Tensor, piece: _Piece) -> tuple[Tensor, Tensor] | None:

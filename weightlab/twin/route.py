@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightlab.errors import UsageError
+from weightlab.errors import MisfitError, UsageError
 from weightlab.twin.model import TwinModel
 from weightlab.twin.routers import ROUTERS, Examples, Observed
 from weightlab.twin.routing import Router, router_for
@@ -72,6 +72,7 @@ def route(
 
     Raises:
         UsageError: experts without data, or data of others; all are listed.
+        MisfitError: hidden states that are not finite.
     """
     wrong = [f"{name}: no data" for name in model.names if name not in data]
     wrong += [f"{name}: no such expert" for name in data if name not in model.names]
@@ -90,6 +91,7 @@ def route(
     few = [f"{name}: {int(count)}" for name, count in zip(model.names, counts, strict=True) if count < 4]
     if few:
         raise UsageError("too few samples", "give four or more for each expert", few)
+    _require_finite(every, answers, model.names)
     apart = _apart(answers, held_out, seed)
     tensors, values = router.fit(Examples(every, answers, apart), len(model.names), seed)
     found = router_for(model.twin, kind, tensors, values)
@@ -102,6 +104,16 @@ def _joined(observed: list[Observed]) -> Observed:
     features = torch.cat([each.features.cpu() for each in observed])
     responses = [each.responses.cpu() for each in observed if each.responses is not None]
     return Observed(features, torch.cat(responses) if responses else None)
+
+
+def _require_finite(observed: Observed, labels: Tensor, names: list[str]) -> None:
+    """Raises:
+    MisfitError: lists whose samples have hidden states that are not finite.
+    """
+    bad = ~observed.features.isfinite().all(1)
+    if bool(bad.any()):
+        counts = [f"{name}: {int(bad[labels == number].sum())}" for number, name in enumerate(names)]
+        raise MisfitError("hidden states of samples are not finite", "check the model, and its dtype", counts)
 
 
 def _rows(observed: Observed, which: Tensor) -> Observed:

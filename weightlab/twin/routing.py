@@ -13,13 +13,14 @@ from torch import Tensor
 
 from weightlab.errors import InputError, MalformedFileError, MisfitError
 from weightlab.files.atomic import atomic_file, replace_file
+from weightlab.files.digest import bytes_digest
 from weightlab.files.small import read_tensors, write_tensors
-from weightlab.twin.folder import Twin
+from weightlab.twin.folder import ROUTER, Twin
 from weightlab.twin.routers import ROUTERS, Observed
 
-SCHEMA = 2
-"""1 had other tensors for routers without training."""
-HEADER, TENSORS = "router.json", "router.safetensors"
+SCHEMA = 3
+"""1 had other tensors for routers without training; 2 did not know its tensors."""
+TENSORS = "router.safetensors"
 
 
 class RouterHeader(BaseModel):
@@ -29,6 +30,7 @@ class RouterHeader(BaseModel):
         kind: a name in `weightlab.twin.routers.ROUTERS`.
         result: the fingerprint of the shared model that it looks through.
         experts: {name: the id of its exclusive part}, in the order of the weights.
+        tensors: the digest of router.safetensors.
         values: what the kind keeps; and what was found when it was made.
     """
 
@@ -37,6 +39,7 @@ class RouterHeader(BaseModel):
     kind: str
     result: str
     experts: dict[str, str]
+    tensors: str = ""
     values: dict[str, Any]
 
 
@@ -68,10 +71,12 @@ def router_for(twin: Twin, kind: str, tensors: Mapping[str, Tensor], values: Map
 
 
 def save_router(router: Router, folder: Path) -> None:
-    """Writes the two files; the tensors first, so that no header is beside others' tensors for long."""
+    """Writes the two files. The header knows its tensors, so that one alone is never taken for both."""
     with atomic_file(folder / TENSORS, overwrite=True) as temporary:
         write_tensors(temporary, router.tensors)
-    replace_file(folder / HEADER, router.header.model_dump_json(indent=1).encode())
+        digest = bytes_digest(temporary.read_bytes())
+    header = router.header.model_copy(update={"tensors": digest})
+    replace_file(folder / ROUTER, header.model_dump_json(indent=1).encode())
 
 
 def open_router(twin: Twin) -> Router | None:
@@ -81,7 +86,7 @@ def open_router(twin: Twin) -> Router | None:
         MalformedFileError: it breaks the format.
         MisfitError: it is for other experts, or another shared model.
     """
-    file = twin.path / HEADER
+    file = twin.path / ROUTER
     if not file.exists():
         return None
     try:
@@ -89,6 +94,8 @@ def open_router(twin: Twin) -> Router | None:
         if header.schema_version != SCHEMA:
             raise ValueError(f"version {header.schema_version} is not known here")
         tensors = read_tensors(twin.path / TENSORS)
+        if bytes_digest((twin.path / TENSORS).read_bytes()) != header.tensors:
+            raise ValueError(f"{TENSORS} is another than the one that was written with it")
     except (ValidationError, ValueError, OSError, InputError) as error:
         raise MalformedFileError(f"{file}: no router", "train it again: weightlab twin route", [str(error)]) from error
     mine = {name: patch.id for name, patch in twin.exclusive.items()}

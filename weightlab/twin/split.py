@@ -35,7 +35,18 @@ from weightlab.sources.virtual.zeros import ZeroSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.twin.experts import expert_source, named, shared_tensors
-from weightlab.twin.folder import EXCLUSIVE, EXPERTS, HEADER, SCHEMA, SHARED, ExpertHeader, Twin, TwinHeader, open_twin
+from weightlab.twin.folder import (
+    EXCLUSIVE,
+    EXPERTS,
+    HEADER,
+    ROUTER,
+    SCHEMA,
+    SHARED,
+    ExpertHeader,
+    Twin,
+    TwinHeader,
+    open_twin,
+)
 
 METHOD, LAMBDA = "task_arithmetic", 0.3
 """The paper's: θs = θ0 + 0.29 or 0.3 · Σ (θt − θ0)."""
@@ -74,7 +85,7 @@ def twin_split(
         parameters: the method's; by default λ = 0.3 for task arithmetic.
         weights: one for each expert; None: all 1.
         compress: how exclusive parts are stored: `low_rank:R`, `energy:SHARE`, `sparse:SHARE`, `random:SHARE` or any
-            lossy encoding. Vectors are kept whole.
+            lossy encoding. What an encoding is not for, as low rank for vectors, is kept whole.
         encode_shared: how the shared part is stored; lossy only.
 
     Raises:
@@ -134,7 +145,7 @@ def twin_split(
                     "name": base_name,
                     "revision": revision,
                     "fingerprint": options.base_fingerprint,
-                    "path": os.path.relpath(base, out),
+                    "path": os.path.relpath(os.path.realpath(base), os.path.realpath(out)),
                 },
                 method={"name": method, **options.method.parameters},
                 compress=encode,
@@ -144,10 +155,7 @@ def twin_split(
                 left_out=left_out,
             )
             if Path(base).is_dir():
-                mine = {HEADER, SHARED, EXPERTS}
-                copy_companions(
-                    Path(base), [n for n in companions(Path(base), ())[0] if n.parts[0] not in mine], folder
-                )
+                _copy_beside(Path(base), folder)
             replace_file(folder / HEADER, header.model_dump_json(indent=1).encode())
     return open_twin(Path(out))
 
@@ -177,6 +185,17 @@ def _exclusive(options: DiffOptions, encode: str, common: Sequence[str], heads: 
         base_name=None,
         revision=None,
     )
+
+
+def _copy_beside(base: Path, folder: Path) -> None:
+    """Configuration and tokenizer of the base; not what is a twin's, which may lie inside the base's folder."""
+    mine = {HEADER, SHARED, EXPERTS, ROUTER}
+    copied = [
+        name
+        for name in companions(base, ())[0]
+        if name.parts[0] not in mine and not any((base / above / HEADER).is_file() for above in name.parents)
+    ]
+    copy_companions(base, copied, folder)
 
 
 def _copy_configuration(expert: PathLike, place: Path) -> None:

@@ -149,9 +149,11 @@ def route(
     import weightlab as wl
 
     with common.resources() as resources:
+        wl.open_twin(Path(folder))
+        tokenizer = _tokenizer(folder)
         model = wl.TwinModel.from_pretrained(folder, base, wait=wait, resources=resources)
         texts = {name: _texts(path)[:limit] for name, path in _pairs(data).items()}
-        batches = {name: _batches(folder, every, batch, length) for name, every in texts.items()}
+        batches = {name: _batches(tokenizer, every, batch, length) for name, every in texts.items()}
         routed = wl.route(model, batches, kind=kind, **chosen)
         if not dry_run:
             wl.save_router(routed.router, Path(folder))
@@ -219,7 +221,7 @@ def _texts(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise MissingInputError(f"{path}: no such file", "give a text file, or JSON lines")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if file.suffix not in (".jsonl", ".json"):
         return lines
     try:
@@ -230,14 +232,28 @@ def _texts(path: str) -> list[str]:
         ) from error
 
 
-def _batches(folder: str, texts: list[str], batch: int, length: int) -> Any:
-    """Batches of texts as the tokenizer in the twin's folder has them."""
+def _tokenizer(folder: str) -> Any:
+    """The one in the twin's folder.
+
+    Raises:
+        MissingInputError: there is none.
+    """
     from transformers import AutoTokenizer
 
+    from weightlab.errors import MissingInputError
+
     loader: Any = AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"{folder}: no tokenizer", "copy the base's files into it", [str(error)]) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _batches(tokenizer: Any, texts: list[str], batch: int, length: int) -> Any:
+    """Batches of texts as the tokenizer has them."""
     for start in range(0, len(texts), batch):
         some = texts[start : start + batch]
         found = tokenizer(some, padding=True, truncation=True, max_length=length, return_tensors="pt")
