@@ -266,7 +266,7 @@ def test_16_bits_are_compared_too(tmp_path: Path) -> None:
     """A network without a part would be off by more than rounding."""
     module, twin = twin_of(Tied, tmp_path, "low_rank:4")
     with pytest.raises(MisfitError, match="in more ways than one"):
-        TwinModel(module.bfloat16(), twin)(torch.arange(14).view(7, 2), weights=4 * WEIGHTS)
+        TwinModel(module.bfloat16(), twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ class TwinModel(nn.Module):
                 self.module,
                 self._layers,
                 self.mixing,
-                mixture,
+                (len(mixture), len(self.names)),
                 self._asked,
                 args,
                 kwargs,

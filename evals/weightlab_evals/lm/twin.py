@@ -64,9 +64,9 @@ class TwinLM(HFLM):  # type: ignore[misc]
             device=str(self._twin.device),
             **others,
         )
-        # A pass of its own, which looks whether every layer with parts is called, and samples are kept apart.
+        # A pass of its own, which looks whether the network gives what merged weights give, and samples are kept apart.
         self._twin(
-            input_ids=torch.zeros(2, 2, dtype=torch.long, device=self._twin.device),
+            input_ids=torch.arange(6, device=self._twin.device).view(2, 3),
             weights=[[0.0] * len(self._twin.names)] * 2,
         )
 
