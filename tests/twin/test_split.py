@@ -179,6 +179,7 @@ def test_a_folder_that_is_not_whole(models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     twin = wl.twin_split(base, experts, tmp_path / "twin")
     assert wl.open_twin(twin.path).names == ["expert1", "expert2", "expert3"]
+    assert twin.header.kept == ["steps"] and twin.header.left_out == []  # no sums of integers
     other = wl.twin_split(base, experts, tmp_path / "other", parameters={"lambda": 0.5})
     place = twin.path / "experts" / "expert2" / "exclusive"
     shutil.rmtree(place)

@@ -14,6 +14,7 @@ from weightlab.errors import MisfitError, NamesMismatchError, UsageError
 from weightlab.ops.alike import clean_source
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PathLike, base_of, model_path, names_patch, open_patches, parse_patch
+from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource, PatchedSource
@@ -160,3 +161,14 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
         for name, source in experts.items()
     }
     return common, own, left_out
+
+
+def other_integers(start: Source, experts: Mapping[str, Source], resources: Resources) -> list[str]:
+    """Tensors of integers that an expert has otherwise than the base, or that only an expert has."""
+
+    def integers(source: Source) -> dict[str, str]:
+        return digest_tensors(source, [n for n, spec in source.specs.items() if not spec.is_float], resources)
+
+    mine = integers(start)
+    found = {n for source in experts.values() for n, digest in integers(source).items() if mine.get(n) != digest}
+    return sorted(found, key=natural_key)

@@ -51,7 +51,8 @@ class TwinHeader(_Strict):
         compress: how the exclusive parts are stored.
         shared: the id of the shared part.
         result: the fingerprint of the shared model, which the exclusive parts go on.
-        left_out: tensors of the base that no expert has.
+        left_out: tensors of the base that no expert has, or that are copies of tied ones.
+        kept: tensors of integers that experts have otherwise, or beyond the base; the base's stay.
     """
 
     schema_version: int
@@ -62,6 +63,7 @@ class TwinHeader(_Strict):
     result: str
     experts: list[ExpertHeader]
     left_out: list[str] = []
+    kept: list[str] = []
 
 
 class Twin:

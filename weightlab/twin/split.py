@@ -34,7 +34,7 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.zeros import ZeroSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
-from weightlab.twin.experts import expert_source, named, shared_tensors
+from weightlab.twin.experts import expert_source, named, other_integers, shared_tensors
 from weightlab.twin.folder import (
     EXCLUSIVE,
     EXPERTS,
@@ -75,7 +75,8 @@ def twin_split(
 ) -> Twin:
     """Splits experts of one base into a shared part and a compressed exclusive part for each.
 
-    Tensors that not all of base and experts have in one shape (classifiers) stay with their expert, whole.
+    Tensors that not all of base and experts have in one shape (classifiers) stay with their expert, whole. Tensors of
+    integers stay the base's; the header tells those that experts have otherwise.
 
     Args:
         experts: {name: checkpoint, patch or PEFT adapter}, or a list of `[NAME=]PATH`, where the last part of the path
@@ -153,6 +154,7 @@ def twin_split(
                 result=fingerprint(digest_tensors(on, common, options.resources)),
                 experts=headers,
                 left_out=left_out,
+                kept=other_integers(start, tuned, options.resources),
             )
             if Path(base).is_dir():
                 _copy_beside(Path(base), folder)

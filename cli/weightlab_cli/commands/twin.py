@@ -85,14 +85,20 @@ def _show_split(output: Output, twin: Any, out: str, full: int, *, dry_run: bool
     sizes = twin.sizes()
     total, copies = sum(sizes.values()), full * len(twin.names)
     experts = [{"name": n, "id": twin.exclusive[n].id, "bytes": sizes[n], "heads": twin.heads(n)} for n in twin.names]
-    told = {"path": out, "shared": {"id": twin.shared.id, "bytes": sizes["shared"]}, "experts": experts}
-    output.result({**told, "bytes": total, "full_bytes": copies, "method": twin.header.method, "dry_run": dry_run})
+    told: dict[str, Any] = {"path": out, "shared": {"id": twin.shared.id, "bytes": sizes["shared"]}, "experts": experts}
+    header = twin.header
+    told |= {"bytes": total, "full_bytes": copies, "method": header.method, "left_out": header.left_out}
+    output.result({**told, "kept": header.kept, "dry_run": dry_run})
     rows = [["shared", size(sizes["shared"]), f"{sizes['shared'] / full:.1%}", "", ""]]
     for name in twin.names:
         errors = [r.error.relative_l2 for r in twin.exclusive[name].records.values() if r.error is not None]
         worst = f"{max(errors):.3g}" if errors else ""
         rows.append([name, size(sizes[name]), f"{sizes[name] / full:.1%}", worst, ", ".join(twin.heads(name))])
     output.table(["part", "#bytes", "#of a model", "#largest error", "own tensors"], rows)
+    for name in header.left_out:
+        output.line(f"left out: {name} (no expert has it, or it is a copy of a tied weight)")
+    for name in header.kept:
+        output.line(f"kept: {name} (integers, which experts have otherwise; the base's stay)")
     output.line(
         f"{out}: {'would be ' if dry_run else ''}{size(total)}; {len(twin.names)} full copies are {size(copies)}"
     )
