@@ -17,7 +17,8 @@ Row = Mapping[str, float]
 RowOf = Callable[[Found], Row]
 HEADROOM = 0.93
 """Where the best static merge is above that share of the experts, there is little to gain."""
-CLAIMED = "sparse:0.1"
+SPARSE = ("sparse:0.1", "random:0.1")
+"""A tenth of the elements, those of the largest magnitude, or drawn at random and scaled up."""
 ROUTED = "trained, routed head"
 STATIC = {
     "averaging": "averaging",
@@ -60,7 +61,7 @@ def _table(seeds: Sequence[Found]) -> list[str]:
         ("one model trained on all", lambda s: s["rows"]["multitask"], _full(seeds)),
         ("full experts, the router's choice", lambda s: s["rows"]["full experts, hard routing"], _full(seeds) * 5),
         *_without_rows(seeds),
-        *((f"**twin, {c}**", _twin(c, ROUTED), _megabytes(seeds, c)) for c in (MAIN, TENTH, CLAIMED)),
+        *((f"**twin, {c}**", _twin(c, ROUTED), _megabytes(seeds, c)) for c in (MAIN, TENTH, *SPARSE)),
         (f"LoRA experts, rank {RANK}", lambda s: s["rows"]["LoRA experts"], seeds[0]["LoRA bytes"] / 1e6),
         (
             f"twin of them, {TENTH}",
@@ -113,7 +114,7 @@ def _claims(seeds: Sequence[Found]) -> list[str]:
         "the trained router and routed heads closes"
     ]
     told = []
-    for compress in (MAIN, TENTH, CLAIMED):
+    for compress in (MAIN, TENTH, *SPARSE):
         share = interval([closed(seed, _twin(compress, ROUTED)(seed)) for seed in seeds])
         part = _part(seeds, compress) / _full(seeds)
         told.append(f"{percent(*share)} % at {compress} (each part {part:.1%} of a model)")

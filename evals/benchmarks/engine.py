@@ -130,13 +130,18 @@ Examples:
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for the models. [default: in the cache]")
 @click.option("--keep", is_flag=True, help="Keep the models; a later run with the same --work takes them.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that came out.")
-@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the table between its markers.")
+@click.option(
+    "--readme",
+    type=click.Path(exists=True, path_type=Path),
+    help="Put the table between its markers; with one --only, those of that name.",
+)
 def main(json_path: Path | None, readme: Path | None, **settings: Any) -> None:
     """Prepares, measures in turn, reports."""
     chosen = settings["only"] or (*MEASUREMENTS, "memory")
     own = own_command() if {"apply-out", "in-place", "diff", "ties", "memory"} & set(chosen) else []
+    section = chosen[0] if len(chosen) == 1 else "engine"
     if readme:
-        replace_between_markers(readme, "engine", "")  # fails now rather than after an hour
+        replace_between_markers(readme, section, "")  # fails now rather than after an hour
     work, keep = settings.pop("work"), settings.pop("keep")
     # A folder of our own even in --work, so that nothing of anyone else's can be overwritten or removed.
     folder = (work or cache_folder()).resolve() / "engine-models"
@@ -171,7 +176,7 @@ def main(json_path: Path | None, readme: Path | None, **settings: Any) -> None:
     if json_path:
         json_path.write_text(json.dumps(result, indent=2) + "\n")
     if readme:
-        readme.write_text(replace_between_markers(readme, "engine", text))
+        readme.write_text(replace_between_markers(readme, section, text))
 
 
 if __name__ == "__main__":
