@@ -356,3 +356,21 @@ def test_damaged_parts_are_refused(tmp_path: Path, part: str) -> None:
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match="damaged"):
         TwinModel.over(Channels(), wl.open_twin(tmp_path / "twin"), tmp_path / "model0")
+
+
+class Wrapped(nn.Module):
+    """What it gives is in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, values: Tensor) -> Any:
+        return type("Said", (), {"scores": self.head(values)})()
+
+
+def test_an_output_that_cannot_be_compared(tmp_path: Path) -> None:
+    module, twin = twin_of(Wrapped, tmp_path, "dense")
+    with pytest.raises(MisfitError, match="no tensor of floats"):
+        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
+    assert TwinModel(module, twin, checked=False)(noise(7, 24), weights=WEIGHTS).scores.shape == (7, 20)

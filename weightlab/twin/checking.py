@@ -49,7 +49,7 @@ def require_merged(
         independent: whether what one sample gives hangs on no other; if it may, one mixture for all is looked at.
 
     Raises:
-        MisfitError: they do not; says whether the parts or the samples are to blame.
+        MisfitError: they do not, and whether the parts or the samples are to blame; or there is nothing to compare.
     """
 
     def given(mixture: Tensor | None) -> list[Tensor]:
@@ -64,6 +64,11 @@ def require_merged(
         own = weights[sample : sample + 1]
         with merged(module, layers, own[0]):
             theirs = given(None)
+        if not theirs:
+            raise MisfitError(
+                f"{type(module).__name__} gives no tensor of floats that could be compared with merged weights",
+                "let it give tensors, or a mapping or list of them; checked=False if it has been compared before",
+            )
         if not plain and theirs and theirs[0].element_size() < 4:
             plain = given(None)
         if not several:
