@@ -14,6 +14,7 @@ import weightlab as wl
 from weightlab.errors import UsageError
 from weightlab.methods import METHODS
 from weightlab.stream.executor import Resources
+from weightlab.tensors import largest
 from weightlab.tensors.tiles import TILE
 
 State = dict[str, Tensor]
@@ -89,15 +90,32 @@ def reference(deltas: Sequence[State], weights: Sequence[float], densities: Sequ
     return found
 
 
+@pytest.mark.parametrize("last", [0.7, -0.7])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_ties_against_sorts(rescale: bool) -> None:
+def test_ties_against_sorts(rescale: bool, last: float) -> None:
     deltas = [random(seed) for seed in range(3)]
     deltas[1] = {n: (t * 8).round() / 8 for n, t in deltas[1].items()}  # with many equals
-    weights, densities = [0.5, 1.0, 0.7], [0.2, 0.1, 0.9]
+    weights, densities = [0.5, 1.0, last], [0.2, 0.1, 0.9]
     found = merged("ties", deltas, weights, density=densities, rescale=rescale)
     meant = reference(deltas, weights, densities, rescale)
     for name in SHAPES:
         assert torch.allclose(found[name], meant[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_more_patterns_than_are_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = [{n: (t * 8).round() / 8 for n, t in random(seed).items()} for seed in range(2)]
+    found = merged("ties", deltas, density=0.2)
+    monkeypatch.setattr(largest, "_REMEMBERED", 0)
+    again = merged("ties", deltas, density=0.2)
+    assert all(torch.equal(found[name], again[name]) for name in SHAPES)
+
+
+def test_zeros_of_ties_have_no_sign() -> None:
+    found = wl.compose(
+        patches([row(-0.5, 4.0, -0.0), row(-0.5, -9.0, 0.0)]), method="ties", parameters={"density": 0.4}
+    )
+    values = wl.apply({"w": torch.full((3,), -0.0)}, found)["w"]
+    assert values.tolist() == [0.0, -9.0, 0.0] and values.signbit().tolist() == [True, True, True]  # kept as they were
 
 
 def test_scope_model_keeps_a_share_of_all_tensors_together() -> None:

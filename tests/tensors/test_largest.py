@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from weightlab.tensors import largest as module
 from weightlab.tensors.largest import largest
 
 
@@ -21,6 +22,22 @@ def chosen(values: Tensor, keep: int, size: int) -> list[int]:
         mask, left = limit.chosen(tile, left)
         places += [number * size + int(place) for place in np.flatnonzero(mask)]
     assert left == 0 or limit.every
+    assert limit.by_tile == [limit.count_equals(tile) for tile in tiles]
+    assert dropped(values, keep, size) == places
+    return places
+
+
+def dropped(values: Tensor, keep: int, size: int) -> list[int]:
+    """The same by what is left of the values when the others are made zero; those that were zero before count too."""
+    limit = largest(lambda: iter(torch.split(values, size)), keep, values.dtype)
+    left, places = limit.equals, []
+    for number, tile in enumerate(torch.split(values, size)):
+        mask, after = limit.chosen(tile, left)
+        count, made = limit.count_equals(tile), tile.clone()
+        limit.drop(made, None if limit.every or count <= left else left)
+        assert torch.equal(made, tile * torch.from_numpy(mask))
+        places += [number * size + place for place in np.flatnonzero(mask).tolist()]
+        left = after
     return places
 
 
@@ -49,3 +66,20 @@ def test_real_sizes(dtype: torch.dtype) -> None:
         assert chosen(values, keep, 2**16) == meant
     coarse = (values * 4).round()  # many equals
     assert len(chosen(coarse, 20_000, 2**16)) == 20_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_finite_is_among_the_largest(dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, float("nan"), -3.0, float("-inf"), 2.0, 0.5], dtype=dtype)
+    limit = largest(lambda: iter([values]), 3, dtype)
+    limit.drop(values, 1)
+    assert not limit.finite and str(values.tolist()) == "[0.0, nan, -3.0, -inf, 0.0, 0.0]"
+
+
+def test_where_too_many_patterns_would_be_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = 1 + torch.rand(4000, generator=torch.Generator().manual_seed(0)) / 256  # whose upper 16 bits are alike
+    found = largest(lambda: iter(torch.split(values, 1000)), 700, torch.float32)
+    monkeypatch.setattr(module, "_REMEMBERED", 3500)
+    again = largest(lambda: iter(torch.split(values, 1000)), 700, torch.float32)
+    assert found.by_tile is not None and sum(found.by_tile) > 0 and again.by_tile is None
+    assert (again.pattern, again.equals, again.every) == (found.pattern, found.equals, found.every)

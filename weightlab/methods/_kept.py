@@ -14,7 +14,7 @@ from weightlab.methods._base import Deltas
 from weightlab.stream.executor import Workspace, run
 from weightlab.tensors.largest import Limit, largest
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.tiles import TILE, tiles
+from weightlab.tensors.tiles import TILE, tile_count, tiles
 
 Choice = Literal["magnitude", "random"]
 _TINY = 1e-7
@@ -44,7 +44,7 @@ class Kept:
         self._deltas, self._densities, self._seed = deltas, densities, seed
         self._random = choice == "random"
         self._limits: dict[tuple[int, str], tuple[Limit, torch.dtype]] = {}
-        self._left: dict[tuple[int, str], list[int]] = {}
+        self._equals: dict[tuple[int, str], list[int | None]] = {}
         self._factors: dict[tuple[int, str], float] = {}
         groups = []
         for index, source in enumerate(deltas.sources):
@@ -70,14 +70,13 @@ class Kept:
         self._deltas.read(index, name, start, stop, out, workspace)
         if density == 1:
             return
-        left = self._left.get((index, name))
-        self._drop(index, name, start, out, 0 if left is None else left[start // TILE])
+        self._drop(index, name, start, out)
         factor = self._factors.get((index, name), 1.0)
         if factor != 1.0:
             out.mul_(factor)
 
     def _find(self, index: int, names: Sequence[str], numel: int, rescale: bool, workspace: Workspace) -> None:
-        """Where the limit is, how many equals each tile has left, and what the kept are multiplied by."""
+        """Where the limit is, how many equals each tile keeps, and what the kept are multiplied by."""
         dtype = torch.float64 if any(self._deltas.dtype(n) == torch.float64 for n in names) else torch.float32
 
         def every() -> Iterator[tuple[str, int, Tensor]]:
@@ -91,34 +90,41 @@ class Kept:
             keep = max(1, int(self._densities[index] * numel))
             limit = largest(lambda: (values for _, _, values in every()), keep, dtype)
             self._limits |= {(index, name): (limit, dtype) for name in names}
-            if limit.every and not rescale:
-                return
-        left = 0 if self._random else limit.equals
+            counts = limit.by_tile
+            if counts is None:
+                counts = [limit.count_equals(values) for _, _, values in every()]
+            left, first = limit.equals, 0
+            for name in names:
+                mine = counts[first : first + tile_count(self._deltas.specs[name].numel)]
+                first += len(mine)
+                self._equals[index, name] = kept = []
+                for count in mine:
+                    kept.append(None if limit.every or count <= left else left)
+                    left = max(0, left - count)
+        if not rescale:
+            return
         before = after = 0.0
         for name, start, values in every():
-            if not self._random:
-                self._left.setdefault((index, name), []).append(left)
-            if rescale:
-                before += float(values.abs_().sum(dtype=torch.float64))
-            left = self._drop(index, name, start, values, left)
-            if rescale:
-                after += float(values.sum(dtype=torch.float64))
-        if rescale and before >= _TINY and after >= _TINY:
+            before += float(values.abs_().sum(dtype=torch.float64))
+            self._drop(index, name, start, values)
+            after += float(values.sum(dtype=torch.float64))
+        if before >= _TINY and after >= _TINY:
             self._factors |= {(index, name): before / after for name in names}
 
-    def _drop(self, index: int, name: str, start: int, values: Tensor, left: int) -> int:
-        """Zeroes what is dropped; returns how many equals are left after this tile."""
+    def _drop(self, index: int, name: str, start: int, values: Tensor) -> None:
+        """Zeroes what is dropped of a tile."""
         if self._random:
-            values.mul_(torch.from_numpy(self._chance(index, name, start, values.numel())))
-            return 0
+            chance = torch.from_numpy(self._chance(index, name, start, values.numel()))
+            values.mul_(torch.lt(chance, self._densities[index], out=chance))
+            return
         limit, dtype = self._limits[index, name]
-        chosen, left = limit.chosen(values.to(dtype), left)
-        values.mul_(torch.from_numpy(chosen))
-        return left
+        wide = values.to(dtype)
+        limit.drop(wide, self._equals[index, name][start // TILE])
+        if wide is not values:
+            values.copy_(wide)
 
-    def _chance(self, index: int, name: str, start: int, numel: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def _chance(self, index: int, name: str, start: int, numel: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """A number from 0 up to 1 for every element."""
         text = f"weightlab dare {self._seed} {self._deltas.ids[index]} {name} {start}"
         key = np.frombuffer(blake3(text.encode()).digest(length=16), dtype="<u8")
-        generator = np.random.Generator(np.random.Philox(key=key))
-        chance: np.ndarray[Any, np.dtype[np.bool_]] = generator.random(numel, dtype=np.float32) < self._densities[index]
-        return chance
+        return np.random.Generator(np.random.Philox(key=key)).random(numel, dtype=np.float32)

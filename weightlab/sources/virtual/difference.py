@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.sources.virtual.computed import read_values
+from weightlab.stream.executor import Workspace, WorkspaceOfThread
 from weightlab.tensors.spec import TensorSpec, compute_dtype
 
 
@@ -21,6 +23,7 @@ class DifferenceSource:
 
     def __init__(self, base: Source, tuned: Source, names: Sequence[str], factor: float = 1.0) -> None:
         self._base, self._tuned, self._factor = base, tuned, factor
+        self._own = WorkspaceOfThread()
         self.label: str = f"{tuned.label} - {base.label}"
         self.path: Path | None = None
         self.specs: Mapping[str, TensorSpec] = {
@@ -38,9 +41,10 @@ class DifferenceSource:
         dtype = self.specs[name].type
         assert dtype.torch is not None
         first, count = start // dtype.itemsize, out.numel() // dtype.itemsize
-        delta = out.view(dtype.torch)
-        delta.copy_(_values(self._tuned, name, first, count))
-        delta.sub_(_values(self._base, name, first, count).to(dtype.torch))
+        delta, workspace = out.view(dtype.torch), self._own.workspace
+        delta.copy_(_values(self._tuned, name, first, count, workspace))
+        base = workspace.buffer("base", count, dtype.torch)
+        delta.sub_(base.copy_(_values(self._base, name, first, count, workspace)))
         if self._factor != 1.0:
             delta.mul_(self._factor)
 
@@ -48,9 +52,6 @@ class DifferenceSource:
         """Nothing of its own to give back."""
 
 
-def _values(source: Source, name: str, first: int, count: int) -> Tensor:
-    dtype = source.specs[name].type
-    assert dtype.torch is not None
-    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-    source.read(name, first * dtype.itemsize, raw)
-    return raw.view(dtype.torch)
+def _values(source: Source, name: str, first: int, count: int, workspace: Workspace) -> Tensor:
+    raw = workspace.buffer("raw", count * source.specs[name].type.itemsize, torch.uint8)
+    return read_values(source, name, first, first + count, raw)
