@@ -163,6 +163,19 @@ def test_gradients_go_on() -> None:
         assert module.weight.grad is not None and module.weight.requires_grad and module.weight.is_leaf
 
 
+def test_autocast_keeps_no_copies_of_earlier_weights() -> None:
+    module, given = nn.Linear(4, 4), torch.ones(2, 4)
+    patch = wl.diff(module.state_dict(), moved(module, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = module(given)
+        with wl.patched(module, patch):
+            on = module(given)
+        after = module(given)
+    with wl.patched(module, patch), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(on, module(given))
+    assert torch.equal(before, after) and not torch.equal(before, on)
+
+
 def test_nothing_is_kept_when_nothing_is_on() -> None:
     module = Small()
     p, q = patches(module)

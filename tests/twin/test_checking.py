@@ -14,35 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import weightlab as wl
-from tests.twin.test_model import SMALL, WEIGHTS, logits, merged, merged_sample_by_sample, twin_of
+from tests.twin.networks import (
+    Channels,
+    Compares,
+    Inside,
+    Labelled,
+    Masked,
+    PlacesFirst,
+    Quiet,
+    Saying,
+    Tied,
+    Widened,
+    Wrapped,
+    llama,
+    noise,
+    speech,
+)
+from tests.twin.test_model import CASES, WEIGHTS, logits, merged, merged_sample_by_sample, twin_of
 from weightlab.errors import IntegrityError, MisfitError, UsageError
+from weightlab.twin.checking import rounding_of_products
 from weightlab.twin.model import TwinModel
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")
-
-
-class PlacesFirst(nn.Module):
-    """Turns its input round inside, which no shape tells where places are a multiple of the samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(24, 24), nn.Linear(24, 20)
-
-    def forward(self, values: Tensor) -> Tensor:
-        found: Tensor = self.head(self.body(values.transpose(0, 1)).transpose(0, 1).mean(1))
-        return found
-
-
-class Compares(nn.Module):
-    """As CLIP does: each sample with every other one of the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(24, 20)
-
-    def forward(self, values: Tensor) -> Tensor:
-        found = self.head(values)
-        return found @ found.T
 
 
 def test_samples_that_are_confused(tmp_path: Path) -> None:
@@ -72,22 +65,6 @@ def test_samples_that_are_compared(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.stack(heads) @ torch.stack(heads).T, rtol=1e-4, atol=1e-4)
 
 
-class Quiet(nn.Module):
-    """Uses one layer without calling it, and has another that it does not use."""
-
-    def __init__(self, uses: bool) -> None:
-        super().__init__()
-        self.uses = uses
-        self.first, self.quiet, self.head = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 20)
-
-    def forward(self, values: Tensor) -> Tensor:
-        hidden = self.first(values)
-        if self.uses:
-            hidden = torch.nn.functional.linear(hidden, self.quiet.weight)
-        found: Tensor = self.head(hidden)
-        return found
-
-
 def test_layers_that_are_used_without_being_called(tmp_path: Path) -> None:
     for uses in (False, True):
         module, twin = twin_of(lambda uses=uses: Quiet(uses), tmp_path / str(uses), "low_rank:4")  # type: ignore[misc]
@@ -102,89 +79,6 @@ def test_layers_that_are_used_without_being_called(tmp_path: Path) -> None:
         else:
             assert bool(torch.isfinite(model(torch.randn(7, 24), weights=WEIGHTS)).all())
         assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-class Tied(nn.Module):
-    """An output layer that is the embedding, and is not called as one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.body = nn.Embedding(20, 24), nn.Linear(24, 24)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return functional.linear(self.body(self.words(ids)), self.words.weight)
-
-
-class Saying(nn.Module):
-    """A part with a parameter of its own, which gives several things by name, one of them nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = nn.Parameter(noise(5, 24))
-        self.inside, self.head = nn.Linear(24, 24), nn.Linear(24, 20)
-
-    def forward(self, values: Tensor, times: Tensor | None = None) -> dict[str, Any]:
-        hidden = self.inside(values + self.place)
-        if times is not None:
-            hidden = hidden * times.view(-1, 1, 1)
-        return {"hidden": hidden, "more": (hidden.sum(1),), "logits": self.head(hidden), "nothing": None}
-
-
-class Inside(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.last = Saying(), nn.Linear(20, 20)
-
-    def forward(self, values: Tensor, times: Tensor | None = None) -> Tensor:
-        found: Tensor = self.last(self.body(values, times)["logits"])
-        return found
-
-
-class Labelled(nn.Module):
-    """One number a sample, as networks that are told a class have it; and one learned input for all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds, self.norm, self.head = nn.Embedding(10, 24), nn.LayerNorm(24), nn.Linear(24, 20)
-
-    def forward(self, values: Tensor, kinds: Tensor) -> Tensor:
-        asked = self.norm(torch.linspace(0, 1, 24, device=values.device).view(1, 24) ** 2)
-        found: Tensor = self.head(values + self.kinds(kinds) + asked)
-        return found
-
-
-class Masked(nn.Module):
-    """A mask over places, which has the shape of a row for each sample where there are as many."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place, self.head = nn.Parameter(noise(24)), nn.Linear(24, 20)
-
-    def forward(self, values: Tensor, which: Tensor) -> Tensor:
-        found: Tensor = self.head(which @ (values + self.place))
-        return found
-
-
-def speech() -> nn.Module:
-    config = transformers.Wav2Vec2Config(
-        vocab_size=20, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, classifier_proj_size=8, num_labels=3, **SMALL,
-    )  # fmt: skip
-    return transformers.Wav2Vec2ForSequenceClassification(config)
-
-
-class Channels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Conv2d(3, 24, 3), nn.Linear(24, 20)
-
-    def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.head(self.first(images).mean((2, 3)))
-        return found
 
 
 def test_a_weight_that_is_used_a_second_time_without_a_call(tmp_path: Path) -> None:
@@ -269,6 +163,28 @@ def test_16_bits_are_compared_too(tmp_path: Path) -> None:
         TwinModel(module.bfloat16(), twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
 
 
+def test_products_of_fewer_bits_than_numbers_have(tmp_path: Path) -> None:
+    """What is rounded in them is not taken for a part that is left out; and such a part is still seen."""
+    cpu = torch.device("cpu")
+    assert rounding_of_products(torch.float32, cpu) < 1e-5 < 1e-3 < rounding_of_products(torch.bfloat16, cpu)
+    for case in ("bert", "gpt2", "vit", "convolutions"):
+        make, batch = CASES[case]
+        module, twin = twin_of(make, tmp_path / case, "low_rank:4")
+        meant = logits(TwinModel(module, twin)(**batch, weights=WEIGHTS))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = logits(TwinModel(module, twin)(**batch, weights=WEIGHTS))
+            assert 1e-3 < rounding_of_products(torch.float32, cpu) < 0.05
+        assert 1e-4 < float((found.float() - meant).norm() / meant.norm()) < 0.1
+    module, twin = twin_of(Tied, tmp_path / "tied", "low_rank:4")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match="in more ways than one|told apart"):
+        TwinModel(module, twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
+
+
+def test_an_output_of_more_bits_than_the_weights(tmp_path: Path) -> None:
+    module, twin = twin_of(Widened, tmp_path, "low_rank:4")
+    assert TwinModel(module.bfloat16(), twin)(noise(7, 24).bfloat16(), weights=WEIGHTS).dtype == torch.float32
+
+
 def test_threads_take_turns(tmp_path: Path) -> None:
     module, twin = twin_of(Labelled, tmp_path, "low_rank:4")
     model = TwinModel(module, twin)
@@ -286,10 +202,6 @@ def test_threads_take_turns(tmp_path: Path) -> None:
         thread.join()
     assert len(same) == 200 and all(same)
     assert torch.equal(model(**batch, weights=[0.0, 0.0, 0.0]), model.module(**batch))  # nothing is left on
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, **SMALL))
 
 
 def test_a_cache_is_filled_once(tmp_path: Path) -> None:
@@ -356,17 +268,6 @@ def test_damaged_parts_are_refused(tmp_path: Path, part: str) -> None:
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match="damaged"):
         TwinModel.over(Channels(), wl.open_twin(tmp_path / "twin"), tmp_path / "model0")
-
-
-class Wrapped(nn.Module):
-    """What it gives is in an object of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(24, 20)
-
-    def forward(self, values: Tensor) -> Any:
-        return type("Said", (), {"scores": self.head(values)})()
 
 
 def test_an_output_that_cannot_be_compared(tmp_path: Path) -> None:

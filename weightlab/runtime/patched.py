@@ -140,6 +140,7 @@ class PatchStack:
         results = self._compute(source, [targets[n] for n in changed if n in targets])
         for name in changed:
             _overwrite(state[name], results[name] if name in results else clean[name])
+        torch.clear_autocast_cache()  # which would go on with 16-bit copies of what the weights were
         self._clean = {n: t for n, t in clean.items() if n in targets}
         self._recipes, self._entries = dict(recipes), list(entries)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightlab.errors import MisfitError
 from weightlab.twin.parts import Parts
@@ -105,15 +106,8 @@ def _with_share(share: Tensor, given: Tensor, function: Callable[[Tensor], Tenso
 def _with_vector(part: Parts | None, weights: Tensor, output: Tensor, *, last: bool = True) -> Tensor:
     if part is None:
         return output
-    vectors = _spread(_vectors(part, weights), output, last)
+    vectors = _spread(part.vectors(weights), output, last).to(output.dtype)  # autocast makes them differ
     return output.add_(vectors) if _is_own(output, vectors) else output + vectors
-
-
-def _vectors(part: Parts, weights: Tensor) -> Tensor:
-    """The mixtures of vectors: [rows, n]."""
-    experts = list(part.dense)
-    vectors = torch.stack([part.dense[e].reshape(-1) for e in experts])
-    return weights[:, experts].to(vectors.dtype) @ vectors
 
 
 def leaves_open(given: Iterable[Any], samples: int) -> bool:
@@ -172,7 +166,7 @@ def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Ten
         output = output.expand(len(weights), *output.shape[1:])
     plain = functional.layer_norm(given, layer.normalized_shape, None, None, layer.eps)
     if "weight" in parts:
-        vectors = _spread(_vectors(parts["weight"], weights), plain)
+        vectors = _spread(parts["weight"].vectors(weights), plain)
         output = torch.addcmul(output, plain, vectors, out=output if _is_own(output, plain) else None)
     return _with_vector(parts.get("bias"), weights, output)
 
@@ -215,10 +209,13 @@ def again(
     alone = not kwargs and len(args) == 1 and not any(True for _ in layer.children())
     if alone and rows and all(state[n].ndim == 1 for n in parts):
         own = of_rows(weights, max(rows, len(weights)), name)
-        merged = {n: state[n] + _vectors(part, own).to(state[n].dtype) for n, part in parts.items()}
+        merged = {n: state[n] + part.vectors(own).to(state[n].dtype) for n, part in parts.items()}
         given = args[0].expand(max(rows, len(weights)), *args[0].shape[1:])
         rest = {n: t for n, t in state.items() if n not in parts}
-        return vmap(lambda m, x: functional_call(layer, {**rest, **m}, (x[None],))[0])(merged, given)
+        if isinstance(layer, _BatchNorm):  # which under vmap does not take 16 bits beside 32, as it does under autocast
+            given = given.to(next(iter(merged.values())).dtype)
+        found = vmap(lambda m, x: functional_call(layer, {**rest, **m}, (x[None],))[0])(merged, given)
+        return found.to(args[0].dtype) if isinstance(layer, _BatchNorm) else found
     if len(weights) == 1:
         return functional_call(layer, _merged(state, parts, weights[0]), args, kwargs)
     cached = [key for key, value in kwargs.items() if hasattr(value, "get_seq_length")]

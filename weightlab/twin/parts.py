@@ -35,12 +35,22 @@ class Parts:
     owner: Tensor | None = None
     dense: dict[int, Tensor] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
+    _rows: Tensor | None = None
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Changes where all of it is, or in which dtype: `fn` is what `nn.Module.to` and its like do to a tensor."""
         if self.left is not None and self.right is not None and self.owner is not None:
             self.left, self.right, self.owner = fn(self.left), fn(self.right), fn(self.owner)
         self.dense = {expert: fn(delta) for expert, delta in self.dense.items()}
+        self._rows = None
+
+    def vectors(self, weights: Tensor) -> Tensor:
+        """The mixtures [rows, n] of differences that are all `dense` and have n elements, for weights [rows, T]."""
+        if self._rows is None:
+            self._rows = torch.stack([delta.reshape(-1) for delta in self.dense.values()])
+        if len(self.dense) < weights.shape[1]:
+            weights = weights[:, list(self.dense)]
+        return weights.to(self._rows.dtype) @ self._rows
 
     def mixed(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
         """Σ weightₜ·differenceₜ, for weights [T]; in fp32, or fp64 if either is."""
