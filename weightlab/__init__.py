@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from weightlab.stream.executor import Resources
     from weightlab.twin.export import twin_export
     from weightlab.twin.folder import Twin, open_twin
-    from weightlab.twin.model import TwinModel, only_largest
+    from weightlab.twin.mixture import only_largest
+    from weightlab.twin.model import TwinModel
     from weightlab.twin.route import route
     from weightlab.twin.routing import save_router
     from weightlab.twin.split import twin_split
@@ -59,7 +60,7 @@ _WHERE = {
     "lora_extract": "weightlab.ops.lora",
     "lora_import": "weightlab.ops.lora",
     "merge": "weightlab.ops.merge",
-    "only_largest": "weightlab.twin.model",
+    "only_largest": "weightlab.twin.mixture",
     "open_patch": "weightlab.patches.patch",
     "open_twin": "weightlab.twin.folder",
     "patched": "weightlab.runtime.patched",

@@ -176,7 +176,7 @@ def test_products_of_fewer_bits_than_numbers_have(tmp_path: Path) -> None:
             assert 1e-3 < rounding_of_products(torch.float32, cpu) < 0.05
         assert 1e-4 < float((found.float() - meant).norm() / meant.norm()) < 0.1
     module, twin = twin_of(Tied, tmp_path / "tied", "low_rank:4")
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match="in more ways than one|told apart"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match=r"in more ways than one|told apart"):
         TwinModel(module, twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import weightlab as wl
 from weightlab.errors import MalformedFileError, MisfitError, MissingInputError, UsageError, WrongBaseError
-from weightlab.twin.model import TwinModel, only_largest
+from weightlab.twin.mixture import only_largest
+from weightlab.twin.model import TwinModel
 from weightlab.twin.routers import ROUTERS
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")

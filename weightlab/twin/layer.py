@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weightlab.twin.layers import addition, again, are_places, leaves_open, of_rows
+from weightlab.twin.again import again
+from weightlab.twin.layers import addition, are_places, leaves_open, of_rows
 from weightlab.twin.observing import input_width, right_vectors
 from weightlab.twin.parts import Parts
 

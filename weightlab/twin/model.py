@@ -19,6 +19,7 @@ from weightlab.twin.checking import require_merged
 from weightlab.twin.folder import Twin, open_twin
 from weightlab.twin.layer import Layer
 from weightlab.twin.loading import fill, shared_module
+from weightlab.twin.mixture import mixture_of
 from weightlab.twin.observing import last_hidden, pooled
 from weightlab.twin.parts import Parts, parts_on
 from weightlab.twin.routers import Observed
@@ -179,7 +180,9 @@ class TwinModel(nn.Module):
             group: one mixture for all samples, the mean of theirs.
             return_routing: (output, weights) instead of the output.
         """
-        mixture = self._mixture(self.route(*args, **kwargs) if weights is None else weights, top_k, group)
+        mixture = mixture_of(
+            self.route(*args, **kwargs) if weights is None else weights, self.names, self.device, top_k, group
+        )
         with self.mixing(mixture), torch.no_grad():
             output = self.module(*args, **kwargs)
         self._look(mixture, args, kwargs)
@@ -203,7 +206,9 @@ class TwinModel(nn.Module):
             raise UsageError("only the inputs come without a name", "name the other arguments of generate")
         known = inspect.signature(module.forward).parameters
         prompt = {name: value for name, value in kwargs.items() if name in known}
-        mixture = self._mixture(self.route(**prompt) if weights is None else weights, top_k, group)
+        mixture = mixture_of(
+            self.route(**prompt) if weights is None else weights, self.names, self.device, top_k, group
+        )
         with self.mixing(mixture), torch.no_grad():
             output = module.generate(**kwargs)
         start = getattr(module.config, "decoder_start_token_id", None)
@@ -269,22 +274,6 @@ class TwinModel(nn.Module):
         self._looked_at.add(key)
         self._guessed = set()
 
-    def _mixture(self, weights: Tensor | Sequence[Any], top_k: int | None, group: bool) -> Tensor:
-        mixture = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
-        if mixture.ndim == 1:
-            mixture = mixture[None]
-        if mixture.ndim != 2 or mixture.shape[1] != len(self.names):
-            raise UsageError(
-                f"weights {list(mixture.shape)} for {len(self.names)} experts",
-                "give [samples, experts], or [experts] for all samples",
-                self.names,
-            )
-        if not bool(torch.isfinite(mixture).all()):
-            raise UsageError("weights are not finite", "give numbers")
-        if top_k is not None:
-            mixture = only_largest(mixture, top_k)
-        return mixture.mean(0, keepdim=True) if group else mixture
-
     @contextmanager
     def mixing(self, weights: Tensor | None) -> Iterator[None]:
         """For the length of a block the module takes these mixtures [samples, T]; None: it is the shared model.
@@ -301,17 +290,3 @@ class TwinModel(nn.Module):
     def _for_sample(self, sample: int) -> Any:
         assert self._weights is not None
         return self.mixing(self._weights[sample : sample + 1])
-
-
-def only_largest(weights: Tensor, count: int) -> Tensor:
-    """Weights [samples, T] of which all but the `count` largest are 0, scaled to the sum that they had.
-
-    Raises:
-        UsageError: `count` is not from 1 to T.
-    """
-    if not 1 <= count <= weights.shape[1]:
-        raise UsageError(f"top_k {count} of {weights.shape[1]} experts", f"give 1 to {weights.shape[1]}")
-    values, places = weights.topk(count, dim=1)
-    kept = torch.zeros_like(weights).scatter(1, places, values)
-    sums, wanted = kept.sum(1, keepdim=True), weights.sum(1, keepdim=True)
-    return torch.where(sums == 0, kept, kept * wanted / sums)

@@ -29,7 +29,7 @@ def command(what: str, data: Path, keep: Path | None, picture: Path | None) -> N
     """Show on real data what weightlab does.
 
     WHAT is `patch`, the life of a patch in a minute; `signature`, robustness to noise as a file, in two; `transfer`, a
-    fine-tune moved to the next release of a language model, in four; or `twin`, four fine-tunes as one model.
+    fine-tune moved to the next release of a language model, in four; or `twin`, four fine-tunes as one model, in three.
 
     \b
     Example:

@@ -114,7 +114,7 @@ def _draw(scores: dict[str, dict[str, float]], file: Path) -> None:
         axes.bar(places, [100 * score for score in by_task.values()], width, label=row)
     axes.set_xticks([place + width for place in range(len(EXPERTS))], EXPERTS)
     axes.set_ylabel("balanced accuracy, %")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file)
 
 
