@@ -17,9 +17,10 @@ from tests.patches.tools import make, overwrite, place_of, read, state, write
 from weightlab.encodings.exact import ENCODING, as_dtype
 from weightlab.errors import IntegrityError, MalformedFileError, NonFiniteError
 from weightlab.patches.patch import Patch, open_patch
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
 from weightlab.tensors.spec import DTYPES
 from weightlab.tensors.tiles import TILE, tiles
+from weightlab.tensors.workspace import Workspace
 
 WHOLE = sorted(name for name, dtype in DTYPES.items() if dtype.bits >= 8)
 

@@ -17,9 +17,10 @@ from weightlab.errors import UsageError
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.patches.patch import Patch
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
 from weightlab.tensors.spec import DTYPES
 from weightlab.tensors.tiles import TILE, tiles
+from weightlab.tensors.workspace import Workspace
 
 LOSSY = [
     "dense",

@@ -17,8 +17,9 @@ from weightlab.patches.compute import Offences, check_bases, compute_tile, diges
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
 from weightlab.tensors.tiles import TILE, tiles
+from weightlab.tensors.workspace import Workspace
 
 
 def delta_of(change: dict[str, Tensor], encode: str = "dense:fp32") -> Patch:

@@ -21,7 +21,7 @@ import weightlab as wl
 from tests.patches.tools import Tree, read
 from weightlab.patches import layout
 from weightlab.patches.patch import open_patch
-from weightlab.stream.executor import Workspace
+from weightlab.tensors.workspace import Workspace
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = {

@@ -12,8 +12,8 @@ import torch
 from weightlab.errors import IntegrityError
 from weightlab.files.digest import PartDigest
 from weightlab.patches.parts import Extent, StoredParts
-from weightlab.stream.executor import Workspace
 from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.workspace import Workspace
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from tests.patches.tools import changed, make, overwrite, place_of, state
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, NotPatchableError, UsageError
 from weightlab.patches import layout
 from weightlab.patches.patch import is_patch, open_patch
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
+from weightlab.tensors.workspace import Workspace
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import torch
 
 from weightlab.errors import UsageError
 from weightlab.files.digest import Turns
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Progress, Resources, run
+from weightlab.tensors.workspace import Workspace
 
 
 def test_every_task_once_and_begun_in_order() -> None:

@@ -18,8 +18,9 @@ from weightlab.extract.pair import PairDelta
 from weightlab.extract.rules import Rules
 from weightlab.files.digest import Turns
 from weightlab.patches.writer import PatchWriter, Spool, TensorSpool
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Progress, Resources, run
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 
 def find_changed(jobs: Sequence[Job], resources: Resources) -> None:

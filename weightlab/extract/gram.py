@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from weightlab.errors import NonFiniteError
 from weightlab.files.digest import Turns
 from weightlab.sources import Source
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Progress, Resources, run
 from weightlab.tensors.tiles import TILE, tiles
+from weightlab.tensors.workspace import Workspace
 
 Gram = NDArray[np.float64]
 _PER_SOURCE = TILE * 20  # bytes a thread: a tile in fp64, and what a source of patches computes it in

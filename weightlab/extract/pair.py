@@ -11,10 +11,11 @@ from weightlab.encodings import Tile
 from weightlab.encodings.exact import as_dtype
 from weightlab.errors import NonFiniteError, RangeError
 from weightlab.sources import Source
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import is_finite
 from weightlab.tensors.spec import TensorSpec, compute_dtype
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 
 class TensorPair:

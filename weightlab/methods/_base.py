@@ -14,8 +14,9 @@ from torch import Tensor
 from weightlab.errors import UsageError
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import read_values
-from weightlab.stream.executor import Resources, Workspace
+from weightlab.stream.executor import Resources
 from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.workspace import Workspace
 
 Value = float | int | bool | str
 

@@ -11,10 +11,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from weightlab.methods._base import Deltas
-from weightlab.stream.executor import Workspace, run
+from weightlab.stream.executor import run
 from weightlab.tensors.largest import Limit, largest
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.tiles import TILE, tile_count, tiles
+from weightlab.tensors.workspace import Workspace
 
 Choice = Literal["magnitude", "random"]
 _TINY = 1e-7

@@ -17,7 +17,7 @@ from torch import Tensor
 from weightlab.methods._base import Deltas, Parameter, Settings
 from weightlab.methods._kept import Choice, Kept
 from weightlab.sources.virtual.computed import Compute
-from weightlab.stream.executor import Workspace, WorkspaceOfThread
+from weightlab.tensors.workspace import Workspace, WorkspaceOfThread
 
 _NOTHING = 1e-8
 """Sums of weights below this are not divided by, as in mergekit."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from weightlab.files.digest import Turns
 from weightlab.sources import Source
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Progress, Resources, run
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 
 @dataclass(slots=True)

@@ -12,8 +12,9 @@ from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.patches.compute import Offences, check_result, compute_tile, read_clean
 from weightlab.patches.fit import StackEntry, Target
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stream.executor import Resources, Workspace, run
+from weightlab.stream.executor import Resources, run
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 
 def patch_state_dict(

@@ -26,9 +26,10 @@ from weightlab.patches.fit import Fit, Target
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource
 from weightlab.stack.transaction import ChangeOptions
-from weightlab.stream.executor import Progress, Workspace, run
+from weightlab.stream.executor import Progress, run
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 _CHUNK = 2**23
 SINGLE = "model.safetensors"

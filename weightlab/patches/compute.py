@@ -16,10 +16,11 @@ from weightlab.errors import IntegrityError, NonFiniteError, RangeError, WrongBa
 from weightlab.files.digest import tensor_hasher
 from weightlab.patches.fit import Target
 from weightlab.sources import Source
-from weightlab.stream.executor import Resources, Workspace, run
+from weightlab.stream.executor import Resources, run
 from weightlab.tensors.arithmetic import Faults, add_terms, round_scale
 from weightlab.tensors.spec import compute_dtype
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 
 @dataclass(slots=True)

@@ -19,9 +19,10 @@ from weightlab.patches.layout import INDEX_NAME, shard_name
 from weightlab.patches.opening import check_entries, files_of, joined
 from weightlab.patches.parts import Extent, StoredParts
 from weightlab.patches.saving import copy_files
-from weightlab.stream.executor import Resources, Workspace, run
+from weightlab.stream.executor import Resources, run
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.tensors.spec import DTYPES
+from weightlab.tensors.workspace import Workspace
 
 
 class PatchFiles:

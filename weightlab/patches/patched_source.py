@@ -14,8 +14,8 @@ from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import tiles_of_read
-from weightlab.stream.executor import WorkspaceOfThread
 from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.workspace import WorkspaceOfThread
 
 
 class PatchedSource:

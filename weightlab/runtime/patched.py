@@ -20,10 +20,11 @@ from weightlab.patches.fit import StackEntry, Target
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source
 from weightlab.sources.virtual.memory import MemorySource
-from weightlab.stream.executor import Resources, Workspace, run
+from weightlab.stream.executor import Resources, run
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.tensors.select import patterns
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 _in_use: WeakSet[nn.Module] = WeakSet()
 

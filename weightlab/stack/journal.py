@@ -30,8 +30,9 @@ from weightlab.patches.fit import Target, fit
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack.state import FOLDER, CleanSource, Intent, StackState, StatePlace, entries_of, text_of
-from weightlab.stream.executor import Progress, Resources, Workspace, run
+from weightlab.stream.executor import Progress, Resources, run
 from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import Workspace
 
 BUSY = ".weightlab-busy"
 

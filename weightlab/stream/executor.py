@@ -1,4 +1,4 @@
-"""Runs one function over many tiles on worker threads with buffers that are reused.
+"""Runs one function over many tiles on worker threads.
 
 The result does not depend on the number of threads: a tile's arithmetic is its own, and what must happen in order
 (digests, appending) takes turns. torch's own threads are switched off while tiles run, in the workers only.
@@ -13,39 +13,16 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from weightlab.errors import UsageError
 from weightlab.files.digest import Aborted, Turns
+from weightlab.tensors.workspace import Workspace
 
 Task = TypeVar("Task")
 DEFAULT_MEMORY = 512 * 2**20
 _INTERPRETER = 288 * 2**20  # measured: python, torch and the other imports
 _PER_ELEMENT = 50  # measured: of a matrix that is factorised, 17 to 23 bytes by rank and 47 to 49 by energy
 _PER_THREAD = 40 * 2**20  # measured: buffers of fp32 and storage tiles, decoder temporaries
-
-
-class Workspace:
-    """Buffers of one worker thread, made once and reused for every tile. `device`: where arithmetic runs."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self._buffers: dict[tuple[str, torch.dtype, str], Tensor] = {}
-
-    def buffer(self, key: str, numel: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        """A flat tensor of `numel` elements; its content is left over from earlier use."""
-        held = self._buffers.get((key, dtype, device))
-        if held is None or held.numel() < numel:
-            held = torch.empty(numel, dtype=dtype, device=device)
-            self._buffers[key, dtype, device] = held
-        return held[:numel]
-
-
-class WorkspaceOfThread(threading.local):
-    """A workspace for each thread that asks, for what is called from threads that it did not start."""
-
-    def __init__(self) -> None:
-        self.workspace = Workspace()
 
 
 @dataclass(slots=True)

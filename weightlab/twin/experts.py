@@ -23,9 +23,10 @@ from weightlab.sources import Source
 from weightlab.sources.virtual.chosen import ChosenSource
 from weightlab.sources.virtual.computed import ComputedSource, read_values
 from weightlab.sources.virtual.joined import JoinedSource
-from weightlab.stream.executor import Resources, WorkspaceOfThread
+from weightlab.stream.executor import Resources
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.workspace import WorkspaceOfThread
 from weightlab.twin.folder import SHARED
 
 _NOT_IN_NAMES = frozenset("/\\:\0,=")

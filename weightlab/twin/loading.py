@@ -16,7 +16,8 @@ from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patched_source import PatchedSource
 from weightlab.sources.virtual.chosen import ChosenSource
-from weightlab.stream.executor import Resources, Workspace, run
+from weightlab.stream.executor import Resources, run
+from weightlab.tensors.workspace import Workspace
 from weightlab.twin.folder import EXPERTS, Twin
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import read_values
-from weightlab.stream.executor import Workspace, WorkspaceOfThread
 from weightlab.tensors.spec import TensorSpec, compute_dtype
+from weightlab.tensors.workspace import Workspace, WorkspaceOfThread
 
 
 class DifferenceSource:
