@@ -104,3 +104,16 @@ def test_integers_stay_and_misfits_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 weights for 1"):
         wl.merge(base, [tuned], tmp_path / "out2", weights=[1, 2])
     assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("density", [1.0, 0.7])
+def test_infinities_that_are_let_through(tmp_path: Path, density: float) -> None:
+    """Two of other signs have no majority, whatever sign a machine gives to what is no number."""
+    base = save(tmp_path / "base", {"w": torch.zeros(3)})
+    one = save(tmp_path / "one", {"w": torch.tensor([torch.inf, 1.0, 2.0])})
+    two = save(tmp_path / "two", {"w": torch.tensor([-torch.inf, torch.inf, -1.0])})
+    options: dict[str, Any] = {"method": "ties", "parameters": {"density": density}}
+    with pytest.raises(NonFiniteError):
+        wl.merge(base, [one, two], tmp_path / "out", **options)
+    wl.merge(base, [one, two], tmp_path / "out", allow_nonfinite=True, **options)
+    assert str(load_file(tmp_path / "out" / "model.safetensors")["w"].tolist()) == "[nan, inf, 2.0]"

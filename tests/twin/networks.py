@@ -162,3 +162,42 @@ class Widened(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         found: Tensor = self.layers(values).float()
         return found
+
+
+class Narrow(nn.Module):
+    """Gives few numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(24, 24), nn.Linear(24, numbers)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.first(values)))
+        return found
+
+
+class Beside(nn.Module):
+    """Uses a layer's weight a little without calling it, and has a second output."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+        self.first, self.quiet = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.head, self.more = nn.Linear(24, 20), nn.Linear(24, 2)
+
+    def forward(self, values: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(values)
+        logits = self.head(hidden + self.size * functional.linear(hidden, self.quiet.weight))
+        return {"logits": logits, "more": self.more(values.to(self.more.weight.dtype))}
+
+
+class Total(nn.Module):
+    """Gives one number for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.head(values).sum()
+        return found

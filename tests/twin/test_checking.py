@@ -15,15 +15,18 @@ from torch.nn import functional
 
 import weightlab as wl
 from tests.twin.networks import (
+    Beside,
     Channels,
     Compares,
     Inside,
     Labelled,
     Masked,
+    Narrow,
     PlacesFirst,
     Quiet,
     Saying,
     Tied,
+    Total,
     Widened,
     Wrapped,
     llama,
@@ -32,8 +35,9 @@ from tests.twin.networks import (
 )
 from tests.twin.test_model import CASES, WEIGHTS, logits, merged, merged_sample_by_sample, twin_of
 from weightlab.errors import IntegrityError, MisfitError, UsageError
-from weightlab.twin.checking import rounding_of_products
 from weightlab.twin.model import TwinModel
+from weightlab.twin.parts import Parts
+from weightlab.twin.rounding import rounding_of_products
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")
 
@@ -175,9 +179,58 @@ def test_products_of_fewer_bits_than_numbers_have(tmp_path: Path) -> None:
             found = logits(TwinModel(module, twin)(**batch, weights=WEIGHTS))
             assert 1e-3 < rounding_of_products(torch.float32, cpu) < 0.05
         assert 1e-4 < float((found.float() - meant).norm() / meant.norm()) < 0.1
-    module, twin = twin_of(Tied, tmp_path / "tied", "low_rank:4")
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match=r"in more ways than one|told apart"):
-        TwinModel(module, twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
+    module, twin = twin_of(lambda: Quiet(True), tmp_path / "quiet", "low_rank:4")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match="without calling them"):
+        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
+
+
+def test_few_numbers_of_few_bits(tmp_path: Path) -> None:
+    """What rounding does to one number may by chance be next to nothing."""
+    for seed in range(30):
+        module, twin = twin_of(lambda: Narrow(1), tmp_path / str(seed), "low_rank:4", 2)
+        given = torch.randn(1, 24, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        assert TwinModel(module.bfloat16(), twin)(given, weights=[0.5, 0.5]).shape == (1, 1)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0])
+def test_a_part_of_few_bits_beside_others(tmp_path: Path, size: float) -> None:
+    """Rounding in one output does not excuse another."""
+    module, twin = twin_of(lambda: Beside(size), tmp_path, "low_rank:4")
+    module.more.bfloat16()  # type: ignore[union-attr,operator]
+    with pytest.raises(MisfitError, match="in more ways than one"):
+        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
+
+
+def test_what_was_looked_at_with_few_bits_is_looked_at_again(tmp_path: Path) -> None:
+    module, twin = twin_of(lambda: Beside(0.1), tmp_path, "low_rank:4")
+    model = TwinModel(module, twin)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(noise(7, 24), weights=WEIGHTS)  # what is left out is less than rounding
+    with pytest.raises(MisfitError, match="in more ways than one"):
+        model(noise(7, 24), weights=WEIGHTS)
+    model = TwinModel(module, twin).bfloat16()
+    model(noise(7, 24).bfloat16(), weights=WEIGHTS)
+    with pytest.raises(MisfitError, match="in more ways than one"):
+        model.float()(noise(7, 24), weights=WEIGHTS)
+
+
+def test_weights_are_mixed_with_all_their_bits_under_autocast(tmp_path: Path) -> None:
+    vectors, half = torch.tensor([[-9.9], [0.3]]), torch.tensor([[1.0, 0.0]])
+    part = Parts(dense=dict(enumerate(vectors)), stack=vectors)
+    factors = Parts(torch.tensor([[-9.9]]), torch.ones(1, 1), torch.tensor([0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(part.vectors(half), vectors[:1])
+        assert torch.equal(factors.mixed(half[0], (1, 1)), vectors[:1])
+
+
+def test_gradients_after_inference_mode(tmp_path: Path) -> None:
+    module, twin = twin_of(lambda: Narrow(4), tmp_path, "low_rank:4")
+    model, weights = TwinModel(module, twin), WEIGHTS.clone().requires_grad_()
+    with torch.inference_mode():
+        model(noise(7, 24), weights=WEIGHTS)
+    with model.mixing(weights):
+        model.module(noise(7, 24)).sum().backward()
+    assert weights.grad is not None and bool(weights.grad.any())
 
 
 def test_an_output_of_more_bits_than_the_weights(tmp_path: Path) -> None:
@@ -271,7 +324,12 @@ def test_damaged_parts_are_refused(tmp_path: Path, part: str) -> None:
 
 
 def test_an_output_that_cannot_be_compared(tmp_path: Path) -> None:
-    module, twin = twin_of(Wrapped, tmp_path, "dense")
-    with pytest.raises(MisfitError, match="no tensor of floats"):
-        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
-    assert TwinModel(module, twin, checked=False)(noise(7, 24), weights=WEIGHTS).scores.shape == (7, 20)
+    for make in (Wrapped, Total):
+        module, twin = twin_of(make, tmp_path / make.__name__, "dense")
+        with pytest.raises(MisfitError, match="nothing of each sample"):
+            TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
+        TwinModel(module, twin, checked=False)(noise(7, 24), weights=WEIGHTS)
+    assert TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS, group=True).shape == ()
+    module, twin = twin_of(lambda: Narrow(4), tmp_path / "narrow", "dense")
+    with pytest.raises(MisfitError, match="finite"):
+        TwinModel(module, twin)(torch.full((7, 24), torch.nan), weights=WEIGHTS)

@@ -45,7 +45,7 @@ class Kept:
         self._deltas, self._densities, self._seed = deltas, densities, seed
         self._random = choice == "random"
         self._limits: dict[tuple[int, str], tuple[Limit, torch.dtype]] = {}
-        self._equals: dict[tuple[int, str], list[int | None]] = {}
+        self._equals_kept: dict[tuple[int, str], list[int | None]] = {}
         self._factors: dict[tuple[int, str], float] = {}
         groups = []
         for index, source in enumerate(deltas.sources):
@@ -98,7 +98,7 @@ class Kept:
             for name in names:
                 mine = counts[first : first + tile_count(self._deltas.specs[name].numel)]
                 first += len(mine)
-                self._equals[index, name] = kept = []
+                self._equals_kept[index, name] = kept = []
                 for count in mine:
                     kept.append(None if limit.every or count <= left else left)
                     left = max(0, left - count)
@@ -120,7 +120,7 @@ class Kept:
             return
         limit, dtype = self._limits[index, name]
         wide = values.to(dtype)
-        limit.drop(wide, self._equals[index, name][start // TILE])
+        limit.drop(wide, self._equals_kept[index, name][start // TILE])
         if wide is not values:
             values.copy_(wide)
 

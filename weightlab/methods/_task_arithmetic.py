@@ -17,6 +17,7 @@ from torch import Tensor
 from weightlab.methods._base import Deltas, Parameter, Settings
 from weightlab.methods._kept import Choice, Kept
 from weightlab.sources.virtual.computed import Compute
+from weightlab.tensors.arithmetic import is_finite
 from weightlab.tensors.workspace import Workspace, WorkspaceOfThread
 
 _NOTHING = 1e-8
@@ -92,17 +93,19 @@ class _Merge:
     def _voted(self, name: str, start: int, stop: int, workspace: Workspace) -> Tensor:
         """Two rounds over the terms, which are kept meanwhile: their sum, then those that agree with its sign.
 
-        No round takes bools, which cost torch several times as much as numbers do.
+        Signs are numbers, 1 or -1: with bools torch takes several times as long.
         """
         dtype, size = self._deltas.dtype(name), stop - start
         total, divisor, sign = (workspace.buffer(key, size, dtype) for key in ("total", "divisor", "sign"))
         holders = self._deltas.holders(name)
         terms = workspace.buffer("terms", size * len(holders), dtype).view(len(holders), size)
-        total.zero_()  # to which sums that are zero go too: never -0
+        total.zero_()
         for term, index in zip(terms, holders, strict=True):
             self._weighted(index, name, start, stop, term, workspace)
             total.add_(term)
-        torch.copysign(torch.ones(1, dtype=dtype), total, out=sign)
+        torch.copysign(torch.ones(1, dtype=dtype), total, out=sign)  # 0 + -0 is 0, whose sign is +
+        if not is_finite(total):
+            sign.masked_fill_(total.isnan(), torch.nan)  # no majority, where both infinities are
         total.zero_()
         divisor.zero_()
         for term, index in zip(terms, holders, strict=True):
@@ -116,6 +119,7 @@ class _Merge:
             else:
                 divisor.masked_fill_(divisor == 0, 1)
             total.div_(divisor)
+        # Where the sign is -, some term is negative, so that no 0 becomes -0 here.
         return total.mul_(sign)
 
     def _weighted(self, index: int, name: str, start: int, stop: int, out: Tensor, workspace: Workspace) -> None:

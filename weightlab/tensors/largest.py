@@ -75,8 +75,8 @@ class Limit:
         if self.finite and kept in (None, 0):
             dtype = np.float64 if values.dtype == torch.float64 else np.float32
             word = np.uint64 if values.dtype == torch.float64 else np.uint32
-            greatest = word(self.pattern - (kept is None)).view(dtype)  # of what is dropped
-            torch.hardshrink(values, float(greatest), out=values)  # would take NaN for zero
+            greatest = word(self.pattern - (kept is None)).view(dtype)  # magnitude that is dropped
+            torch.hardshrink(values, float(greatest), out=values)  # to which NaN is no large number: hence `finite`
             return
         chosen, _ = self.chosen(values, values.numel() if kept is None else kept)
         values.mul_(torch.from_numpy(chosen))
@@ -98,7 +98,6 @@ def largest(tiles: Tiles, keep: int, dtype: torch.dtype) -> Limit:
     finite = not histogram[0x7FF0 if width == 64 else 0x7F80 :].any()
     found, above = _bucket(histogram, keep)
     equals = keep - above
-    by_tile: list[int] | None = None
     for shift in range(width - 32, -1, -16):
         histogram = np.zeros(2**16, dtype=np.int64)
         seen: list[tuple[Any, Any]] = []
@@ -111,7 +110,7 @@ def largest(tiles: Tiles, keep: int, dtype: torch.dtype) -> Limit:
                 seen.append((patterns, counts))
         bucket, above = _bucket(histogram, equals)
         found, equals = found << 16 | bucket, equals - above
-        by_tile = [int(counts[patterns == bucket].sum()) for patterns, counts in seen]
+    by_tile = [int(counts[patterns == bucket].sum()) for patterns, counts in seen]
     known = by_tile if remembered <= _REMEMBERED else None
     return Limit(found, equals, equals == int(histogram[bucket]), known, finite)
 

@@ -1,4 +1,7 @@
-"""Layers of which is not known how to add a mixture to what they give: asked again with merged weights."""
+"""Layers of which is not known how to add a mixture to what they give.
+
+They are asked once for each sample with merged weights, or with all samples' at a time where these are vectors.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from weightlab.errors import MisfitError
-from weightlab.twin.layers import Mixture, of_rows
+from weightlab.twin.layers import OwnParts, of_rows
 
 _PLACES = frozenset(("attn_mask",))
 """Arguments that are about places, and the same for all samples, though there may be as many places as samples."""
@@ -19,7 +22,7 @@ _PLACES = frozenset(("attn_mask",))
 
 def again(
     layer: nn.Module,
-    parts: Mixture,
+    parts: OwnParts,
     weights: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -41,10 +44,10 @@ def again(
         merged = {n: state[n] + part.vectors(own).to(state[n].dtype) for n, part in parts.items()}
         given = args[0].expand(max(rows, len(weights)), *args[0].shape[1:])
         rest = {n: t for n, t in state.items() if n not in parts}
-        if isinstance(layer, _BatchNorm):  # which under vmap does not take 16 bits beside 32, as it does under autocast
+        if isinstance(layer, _NormBase):  # which under vmap does not take 16 bits beside 32, as it does under autocast
             given = given.to(next(iter(merged.values())).dtype)
         found = vmap(lambda m, x: functional_call(layer, {**rest, **m}, (x[None],))[0])(merged, given)
-        return found.to(args[0].dtype) if isinstance(layer, _BatchNorm) else found
+        return found.to(args[0].dtype) if isinstance(layer, _NormBase) else found
     if len(weights) == 1:
         return functional_call(layer, _merged(state, parts, weights[0]), args, kwargs)
     cached = [key for key, value in kwargs.items() if hasattr(value, "get_seq_length")]
@@ -79,7 +82,7 @@ def _require_samples_first(
         )
 
 
-def _merged(state: Mapping[str, Tensor], parts: Mixture, weights: Tensor) -> dict[str, Tensor]:
+def _merged(state: Mapping[str, Tensor], parts: OwnParts, weights: Tensor) -> dict[str, Tensor]:
     return {n: (state[n] + part.mixed(weights.float(), state[n].shape)).to(state[n].dtype) for n, part in parts.items()}
 
 

@@ -24,7 +24,7 @@ class Layer:
     def __init__(self, owner: TwinModel, name: str, layer: Any, parts: dict[str, Parts]) -> None:
         self._owner, self._name, self.parts = owner, name, parts
         self._inside = False
-        self._vectors: list[Tensor] | None = None
+        self._right: list[Tensor] | None = None
 
         add = addition(layer, parts)
         if add is not None:
@@ -37,7 +37,7 @@ class Layer:
 
     def forget(self) -> None:
         """Lets go of what was computed from the parts."""
-        self._vectors = None
+        self._right = None
 
     def _instead(self, *args: Any, **kwargs: Any) -> Any:
         weights = self._owner._weights
@@ -85,9 +85,9 @@ class Layer:
         given: Tensor = args[0]
         if given.ndim < 2 or given.shape[-1] != input_width(layer):
             return
-        if self._vectors is None:
-            self._vectors = right_vectors(layer, part, len(self._owner.names))
+        if self._right is None:
+            self._right = right_vectors(layer, part, len(self._owner.names))
         given = given.float()
-        inside = torch.stack([(given @ vectors).square().sum(-1) for vectors in self._vectors], -1)
+        inside = torch.stack([(given @ vectors).square().sum(-1) for vectors in self._right], -1)
         assert self._owner._heard is not None
         self._owner._heard.append(inside / given.square().sum(-1, keepdim=True).clamp_min(1e-30))

@@ -5,8 +5,7 @@ A layer that is linear in its weights gets the mixture as an addition to what it
     y + Σₜ wₜ·(leftₜ (rightₜ x) + biasₜ)
 
 which is what merged weights would give (arXiv 2406.15479, section 3.4, needs one merged model a sample instead). What
-a layer's class is does not count, but whether its `forward` is the one that is known here. All others are asked once
-for each sample with merged weights, or with all samples' at a time where these are vectors.
+a layer's class is does not count, but whether its `forward` is the one that is known here. All others are in `again`.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torch.nn import functional
 from weightlab.errors import MisfitError
 from weightlab.twin.parts import Parts
 
-Mixture = Mapping[str, Parts]
+OwnParts = Mapping[str, Parts]
 """{the layer's own name of a tensor: what experts add to it}."""
-Addition = Callable[[Any, Mixture, Tensor, Tensor, Tensor], Tensor]
+Addition = Callable[[Any, OwnParts, Tensor, Tensor, Tensor], Tensor]
 """(layer, parts, weights [rows, T], input, output) to the output with the mixture."""
 
 
@@ -51,7 +50,7 @@ def _spread(weights: Tensor, like: Tensor, last: bool = True) -> Tensor:
     return weights.view(len(weights), *between, -1) if last else weights.view(len(weights), -1, *between)
 
 
-def _linear(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+def _linear(layer: Any, parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     return _affine(parts, weights, given, output, transposed=False)
 
 
@@ -68,11 +67,11 @@ def _with_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return output
 
 
-def _conv1d(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+def _conv1d(layer: Any, parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     return _affine(parts, weights, given, output, transposed=True)
 
 
-def _affine(parts: Mixture, weights: Tensor, given: Tensor, output: Tensor, *, transposed: bool) -> Tensor:
+def _affine(parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor, *, transposed: bool) -> Tensor:
     if len(given) == 1 < len(weights):  # one input for all
         output = output.expand(len(weights), *output.shape[1:])
     matrix = parts.get("weight")
@@ -106,7 +105,7 @@ def _with_vector(part: Parts | None, weights: Tensor, output: Tensor, *, last: b
 
 
 def leaves_open(given: Iterable[Any], samples: int) -> bool:
-    """Whether it is a guess, by `_embedding` and `_sliced`, which rows of these arguments are whose."""
+    """Whether it is a guess, by `_embedding` and by `again`, which rows of these arguments are whose."""
     shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)]
     return samples > 1 and any(shape in ((samples,), (samples, samples)) for shape in shapes)
 
@@ -116,7 +115,7 @@ def are_places(given: Tensor) -> bool:
     return torch.equal(given, torch.arange(len(given), device=given.device).to(given))
 
 
-def _embedding(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+def _embedding(layer: Any, parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     if given.ndim > 1:
         return _embedded(parts["weight"], weights, given, output)
     if len(weights) == 1:
@@ -138,7 +137,7 @@ def _embedded(matrix: Parts, weights: Tensor, given: Tensor, output: Tensor) -> 
     return output
 
 
-def _convolution(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+def _convolution(layer: Any, parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     function = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[len(layer.kernel_size)]
 
     def convolved(values: Tensor, kernel: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ def _convolution(layer: Any, parts: Mixture, weights: Tensor, given: Tensor, out
     return _with_vector(parts.get("bias"), weights, output, last=False)
 
 
-def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
+def _layer_norm(layer: nn.LayerNorm, parts: OwnParts, weights: Tensor, given: Tensor, output: Tensor) -> Tensor:
     if len(given) == 1 < len(weights):  # one input for all
         output = output.expand(len(weights), *output.shape[1:])
     plain = functional.layer_norm(given, layer.normalized_shape, None, None, layer.eps)
@@ -166,7 +165,7 @@ def _layer_norm(layer: nn.LayerNorm, parts: Mixture, weights: Tensor, given: Ten
     return _with_vector(parts.get("bias"), weights, output)
 
 
-def addition(layer: nn.Module, parts: Mixture) -> Addition | None:
+def addition(layer: nn.Module, parts: OwnParts) -> Addition | None:
     """How a layer gets the mixture added to its output; None where it has to be asked again with merged weights."""
     forward = type(layer).forward
     if forward is nn.Linear.forward:

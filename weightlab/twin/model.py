@@ -36,8 +36,8 @@ class TwinModel(nn.Module):
     Samples are the rows of the inputs, in order; rows that belong to one sample (beams) lie beside each other.
 
     The first batch, and those whose shapes leave open which rows are whose, are looked at: what the first and the last
-    sample get is compared with what merged weights give, in three more passes, for which the tensors that have parts
-    are held twice. Threads take turns.
+    sample get is compared with what merged weights give, in three more passes, or five and more where numbers or
+    products have 16 bits, for which the tensors that have parts are held twice. Threads take turns.
 
     Args:
         module: the shared model: the base with `twin.shared` on. It is in evaluation mode from now on.
@@ -153,6 +153,7 @@ class TwinModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Where `to`, `cuda`, `half` and their like come together: the parts go with the module."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._looked_at.clear()  # what is rounding in one dtype may be a part that is left out in another
         for part in {id(part): part for mine in self._layers.values() for part in mine.values()}.values():
             part.apply(fn)  # once, also where a tied embedding and a head have the same
         for layer in self._made:
@@ -257,7 +258,8 @@ class TwinModel(nn.Module):
         if not self._checked or any(hasattr(value, "get_seq_length") for value in given):
             return  # a cache would be filled once more
         shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)] if guessed else []
-        key = (len(mixture) > 1, guessed, *shapes)
+        kind = self.device.type
+        key = (len(mixture) > 1, guessed, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind), *shapes)
         if key in self._looked_at:
             return
         with self._turn, torch.no_grad():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from glob import escape
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class Parts:
             expert has factors here.
         dense: {expert's number: the difference, in the tensor's shape}.
         classes: of a classifier that not all experts have in one size, {expert's number: its rows}.
+        stack: of vectors, the values of `dense` beside each other [experts that have one, n].
     """
 
     left: Tensor | None = None
@@ -35,22 +38,22 @@ class Parts:
     owner: Tensor | None = None
     dense: dict[int, Tensor] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
-    _rows: Tensor | None = None
+    stack: Tensor | None = None
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Changes where all of it is, or in which dtype: `fn` is what `nn.Module.to` and its like do to a tensor."""
         if self.left is not None and self.right is not None and self.owner is not None:
             self.left, self.right, self.owner = fn(self.left), fn(self.right), fn(self.owner)
         self.dense = {expert: fn(delta) for expert, delta in self.dense.items()}
-        self._rows = None
+        self.stack = None if self.stack is None else fn(self.stack)
 
     def vectors(self, weights: Tensor) -> Tensor:
-        """The mixtures [rows, n] of differences that are all `dense` and have n elements, for weights [rows, T]."""
-        if self._rows is None:
-            self._rows = torch.stack([delta.reshape(-1) for delta in self.dense.values()])
+        """The mixtures [samples, n] of vectors, for weights [samples, T]; in the dtype of the vectors."""
+        assert self.stack is not None
         if len(self.dense) < weights.shape[1]:
             weights = weights[:, list(self.dense)]
-        return weights.to(self._rows.dtype) @ self._rows
+        with _exact(weights.device):
+            return weights.to(self.stack.dtype) @ self.stack
 
     def mixed(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
         """Σ weightₜ·differenceₜ, for weights [T]; in fp32, or fp64 if either is."""
@@ -58,10 +61,18 @@ class Parts:
         dtype = next(torch.promote_types(weights.dtype, tensor.dtype) for tensor in held if tensor is not None)
         total = torch.zeros(tuple(shape), dtype=dtype, device=weights.device)
         if self.left is not None and self.right is not None and self.owner is not None:
-            total += ((self.left * weights[self.owner]).to(dtype) @ self.right.to(dtype)).view(tuple(shape))
+            with _exact(weights.device):
+                product = (self.left * weights[self.owner]).to(dtype) @ self.right.to(dtype)
+            total += product.view(tuple(shape))
         for expert, delta in self.dense.items():
             total += weights[expert] * delta
         return total
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Products of all the bits that numbers have, also under autocast: weights are no activations."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,8 @@ def _joined(tensor: Tensor, pieces: Sequence[_Piece], heads: Collection[str]) ->
             found.classes[piece.expert] = len(values) if values.ndim else 1
         else:
             part.copy_(_delta(piece))
+    if found.dense and tensor.ndim == 1:
+        found.stack = torch.stack(list(found.dense.values()))
     if len(set(found.classes.values())) < 2:
         found.classes = {}
     if lefts:

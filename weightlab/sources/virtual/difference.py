@@ -11,7 +11,8 @@ from torch import Tensor
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import read_values
 from weightlab.tensors.spec import TensorSpec, compute_dtype
-from weightlab.tensors.workspace import Workspace, WorkspaceOfThread
+from weightlab.tensors.tiles import tiles
+from weightlab.tensors.workspace import WorkspaceOfThread
 
 
 class DifferenceSource:
@@ -23,7 +24,6 @@ class DifferenceSource:
 
     def __init__(self, base: Source, tuned: Source, names: Sequence[str], factor: float = 1.0) -> None:
         self._base, self._tuned, self._factor = base, tuned, factor
-        self._own = WorkspaceOfThread()
         self.label: str = f"{tuned.label} - {base.label}"
         self.path: Path | None = None
         self.specs: Mapping[str, TensorSpec] = {
@@ -40,18 +40,32 @@ class DifferenceSource:
     def read(self, name: str, start: int, out: Tensor) -> None:
         dtype = self.specs[name].type
         assert dtype.torch is not None
-        first, count = start // dtype.itemsize, out.numel() // dtype.itemsize
-        delta, workspace = out.view(dtype.torch), self._own.workspace
-        delta.copy_(_values(self._tuned, name, first, count, workspace))
-        base = workspace.buffer("base", count, dtype.torch)
-        delta.sub_(base.copy_(_values(self._base, name, first, count, workspace)))
-        if self._factor != 1.0:
-            delta.mul_(self._factor)
+        first, deltas = start // dtype.itemsize, out.view(dtype.torch)
+        _BUFFERS.depth += 1
+        try:
+            for begin, end in tiles(deltas.numel()):
+                delta = deltas[begin:end].copy_(_values(self._tuned, name, first + begin, first + end))
+                base = _BUFFERS.workspace.buffer(f"base {_BUFFERS.depth}", end - begin, dtype.torch)
+                delta.sub_(base.copy_(_values(self._base, name, first + begin, first + end)))
+                if self._factor != 1.0:
+                    delta.mul_(self._factor)
+        finally:
+            _BUFFERS.depth -= 1
 
     def close(self) -> None:
         """Nothing of its own to give back."""
 
 
-def _values(source: Source, name: str, first: int, count: int, workspace: Workspace) -> Tensor:
-    raw = workspace.buffer("raw", count * source.specs[name].type.itemsize, torch.uint8)
-    return read_values(source, name, first, first + count, raw)
+class _Buffers(WorkspaceOfThread):
+    """Of a tile, one set a thread for all differences; and another for those that are read inside one (`depth`)."""
+
+    depth = 0
+
+
+_BUFFERS = _Buffers()
+
+
+def _values(source: Source, name: str, first: int, last: int) -> Tensor:
+    size = (last - first) * source.specs[name].type.itemsize
+    raw = _BUFFERS.workspace.buffer(f"raw {_BUFFERS.depth}", size, torch.uint8)
+    return read_values(source, name, first, last, raw)
