@@ -97,8 +97,7 @@ def _refuse_parts(module: nn.Module, layers: Held, called: set[str]) -> None:
 
 def _typical(noise: Tensor) -> float:
     """That of a number, over all samples: those of one may be few."""
-    finite = noise[noise.isfinite()].double()
-    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+    return float(torch.linalg.vector_norm(noise.nan_to_num(0, 0, 0))) / math.sqrt(max(1, noise.numel()))
 
 
 def _alike(
@@ -122,13 +121,13 @@ def _alike(
     compared = 0
     for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         counts = their.isfinite() & (our != float("-inf"))  # classes that an expert does not have
-        wanted = their[counts].double()
+        wanted = their[counts].cpu().double()  # which not all accelerators have
         compared += wanted.numel()
         near = _NEAR * float(wanted.norm())
         if noise:
-            own = noise[place][counts].double().nan_to_num_(0, 0, 0)
+            own = noise[place][counts].cpu().double().nan_to_num_(0, 0, 0)
             near = max(near, _NOISE * float(own.norm()), _NOISE * typical[place] * math.sqrt(wanted.numel()))
-        if not float((our[counts].double() - wanted).norm()) <= near:
+        if not float((our[counts].cpu().double() - wanted).norm()) <= near:
             return False
     if not compared:
         raise MisfitError(
