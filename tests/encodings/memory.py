@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import hypothesis.strategies as st
@@ -44,8 +45,9 @@ class Delta:
         for start, stop in tiles(self.spec.numel):
             yield start, stop, self.values[start:stop].clone()
 
-    def matrix(self) -> Tensor:
-        return self.values.reshape(self.spec.rows, self.spec.columns).clone()
+    @contextmanager
+    def matrix(self) -> Iterator[Tensor]:
+        yield self.values.reshape(self.spec.rows, self.spec.columns).clone()
 
 
 class Parts:

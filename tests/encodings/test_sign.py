@@ -48,8 +48,8 @@ def test_no_other_scale_is_nearer() -> None:
 def test_across_tiles(shape: tuple[int, ...]) -> None:
     delta = sample(shape, "F32", 3, "normal")
     found = decoded(encoded("sign", delta), "sign").reshape(delta.spec.rows, -1)
-    matrix = delta.matrix()
-    assert torch.equal(found < 0, matrix < 0)
+    with delta.matrix() as matrix:
+        assert torch.equal(found < 0, matrix < 0)
     assert torch.allclose(found.abs(), matrix.abs().double().mean(1, keepdim=True).float().expand_as(found))
 
 

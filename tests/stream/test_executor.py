@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from weightlab.errors import UsageError
 from weightlab.files.digest import Turns
-from weightlab.stream.executor import Progress, Resources, run
+from weightlab.stream.executor import Progress, Resources, Room, run
 from weightlab.tensors.workspace import Workspace
 
 
@@ -132,3 +133,33 @@ def test_a_signal_ends_it_promptly() -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
     assert rest.endswith("stopped 1\n") and process.returncode == 0
+
+
+def test_room_for_what_fits_together() -> None:
+    room, held, most, alone = Room(10), 0, 0, []
+    lock = threading.Lock()
+
+    def work(size: int, workspace: Workspace) -> None:
+        nonlocal held, most
+        with room.take(size):
+            with lock:
+                held += size
+                most = max(most, held)
+                if size > 10:
+                    alone.append(held == size)
+            time.sleep(0.002)
+            with lock:
+                held -= size
+
+    run([4, 5, 3, 25, 6, 4, 10, 1, 1, 25] * 4, work, Resources(threads=4))
+    assert held == 0 and all(alone) and len(alone) == 8 and 8 < most <= 25
+    with pytest.raises(ZeroDivisionError), room.take(7):
+        raise ZeroDivisionError
+    with room.take(25):  # what an error left is free again
+        pass
+
+
+def test_room_for_matrices_is_what_the_budget_leaves() -> None:
+    small, large = (Resources(threads=2, memory=memory).room_for_matrices().size for memory in (2**29, 2**32))
+    assert 0 < small * 40 < 2**29 < large * 40 < 2**32
+    assert Resources(threads=2).room_for_matrices().size < Resources(threads=4).room_for_matrices().size

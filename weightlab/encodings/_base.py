@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -51,8 +52,11 @@ class DeltaReader(Protocol):
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, delta) in order; delta is flat, valid until the next step."""
 
-    def matrix(self) -> Tensor:
-        """The whole delta as a matrix [rows, columns]; for encoders that factorise."""
+    def matrix(self) -> AbstractContextManager[Tensor]:
+        """The whole delta as a matrix [rows, columns], for encoders that factorise.
+
+        For the length of a block, in which there is room for several copies of it.
+        """
 
 
 class Spool(Protocol):

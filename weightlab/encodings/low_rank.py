@@ -7,7 +7,6 @@ gives the same bits everywhere; a matmul would not.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ _USAGE = "write low_rank:RANK or low_rank:energy:SHARE, and a dtype after it if 
 _RANDOMISED_FROM = 1024  # smaller matrices are decomposed in full
 _OVERSAMPLE, _POWER_ITERATIONS = 10, 4
 _BLOCK = 2**21  # elements that are in fp64 at a time
-_ONE_MATRIX = threading.Lock()  # a factorisation holds several copies of its matrix: one at a time
 
 
 class _LowRank:
@@ -76,8 +74,7 @@ class _LowRank:
 
     def prepare(self, delta: DeltaReader, parameters: Mapping[str, Any], spool: Spool) -> Plan | None:
         spec, dtype = delta.spec, _dtype(delta.spec, parameters)
-        with _ONE_MATRIX:
-            matrix = delta.matrix()
+        with delta.matrix() as matrix:
             require_finite(torch.stack(torch.aminmax(matrix)), spec.name, "low_rank")
             left, right = factorise(matrix, parameters.get("rank"), parameters.get("energy"))
         if not _helps(spec, left.shape[1], dtype):  # known only now where the share of energy decides

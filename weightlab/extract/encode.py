@@ -58,8 +58,10 @@ def prepare(jobs: Sequence[Job], rules: Rules, spool: Spool, faults: Faults, res
         NonFiniteError, RangeError: lists every tensor that cannot be stored.
     """
 
+    matrices = resources.room_for_matrices()
+
     def plan(job: Job, workspace: Workspace) -> None:
-        delta, room = PairDelta(job.pair, workspace, resources), TensorSpool(spool, job.pair.name)
+        delta, room = PairDelta(job.pair, workspace, resources, matrices), TensorSpool(spool, job.pair.name)
         with faults.gathered():
             job.plan = job.choice.encoding.prepare(delta, job.choice.parameters, room)
             if job.plan is None:

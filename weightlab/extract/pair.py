@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from weightlab.encodings import Tile
 from weightlab.encodings.exact import as_dtype
 from weightlab.errors import NonFiniteError, RangeError
 from weightlab.sources import Source
-from weightlab.stream.executor import Resources
+from weightlab.stream.executor import Resources, Room
 from weightlab.tensors.arithmetic import is_finite
 from weightlab.tensors.spec import TensorSpec, compute_dtype
 from weightlab.tensors.tiles import tiles
@@ -111,20 +112,22 @@ class PairDelta:
         was_whole: whether the encoder asked for the whole matrix.
     """
 
-    def __init__(self, pair: TensorPair, workspace: Workspace, resources: Resources) -> None:
+    def __init__(self, pair: TensorPair, workspace: Workspace, resources: Resources, room: Room) -> None:
         self.spec, self.compute = pair.spec, pair.compute
         self.was_whole = False
-        self._pair, self._workspace, self._resources = pair, workspace, resources
+        self._pair, self._workspace, self._resources, self._room = pair, workspace, resources, room
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         for start, stop in tiles(self.spec.stored.numel):
             base, tuned = self._pair.raw(start, stop, self._workspace)
             yield start, stop, self._pair.tile(start, stop, base, tuned, self._workspace).delta
 
-    def matrix(self) -> Tensor:
+    @contextmanager
+    def matrix(self) -> Iterator[Tensor]:
         self._resources.require_matrix(self.spec.numel, self.spec.name)
         self.was_whole = True
-        whole = torch.empty(self.spec.numel, dtype=self.compute)
-        for start, stop, delta in self.tiles():
-            whole[start:stop] = delta
-        return whole.reshape(self.spec.rows, self.spec.columns)
+        with self._room.take(self.spec.numel):
+            whole = torch.empty(self.spec.numel, dtype=self.compute)
+            for start, stop, delta in self.tiles():
+                whole[start:stop] = delta
+            yield whole.reshape(self.spec.rows, self.spec.columns)

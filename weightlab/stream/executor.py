@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -22,6 +23,7 @@ Task = TypeVar("Task")
 DEFAULT_MEMORY = 512 * 2**20
 _INTERPRETER = 288 * 2**20  # measured: python, torch and the other imports
 _PER_ELEMENT = 50  # measured: of a matrix that is factorised, 17 to 23 bytes by rank and 47 to 49 by energy
+_MATRICES = 256 * 2**20  # for each thread, where no budget was given
 _PER_THREAD = 40 * 2**20  # measured: buffers of fp32 and storage tiles, decoder temporaries
 
 
@@ -95,6 +97,12 @@ class Resources:
             raise UsageError(f"--threads {wanted} makes no sense", "give 1 or more")
         return min(wanted, fitting)
 
+    def room_for_matrices(self) -> Room:
+        """Room for elements: a step that needs whole matrices has as many at a time as fit."""
+        workers = self.workers()
+        left = workers * _MATRICES if self.memory is None else self.memory - _INTERPRETER - workers * _PER_THREAD
+        return Room(left // _PER_ELEMENT)
+
     def require_matrix(self, numel: int, name: str) -> None:
         """Checks that a step which needs a whole matrix fits, where the budget was set below its need.
 
@@ -107,6 +115,31 @@ class Resources:
                 f"{name}: factorising it needs about {needed // 2**20}M",
                 "give more --memory, or another encoding for it",
             )
+
+
+class Room:
+    """Lets threads in while what they hold together fits; who does not fit beside others goes alone, in turn.
+
+    Args:
+        size: how much that is, in any unit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self._taken = size, 0
+        self._entry, self._left = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Waits until there is room, and has it for the length of a block."""
+        with self._entry, self._left:  # one waits at the door, so that no one overtakes who needs much
+            self._left.wait_for(lambda: not self._taken or self._taken + size <= self.size)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._left:
+                self._taken -= size
+                self._left.notify_all()
 
 
 class _Feed(Generic[Task]):
