@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import weightlab as wl
 from tests.twin.networks import (
-    Beside,
     Channels,
     Compares,
+    Counting,
     Inside,
     Labelled,
     Masked,
@@ -27,17 +27,14 @@ from tests.twin.networks import (
     Saying,
     Tied,
     Total,
-    Widened,
     Wrapped,
     llama,
     noise,
     speech,
 )
-from tests.twin.test_model import CASES, WEIGHTS, logits, merged, merged_sample_by_sample, twin_of
+from tests.twin.test_model import WEIGHTS, logits, merged, merged_sample_by_sample, twin_of
 from weightlab.errors import IntegrityError, MisfitError, UsageError
 from weightlab.twin.model import TwinModel
-from weightlab.twin.parts import Parts
-from weightlab.twin.rounding import rounding_of_products
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the extra lm")
 
@@ -160,69 +157,6 @@ def test_shapes_that_leave_open_whose_rows_they_are(tmp_path: Path) -> None:
         model(noise(7, 24), torch.arange(7), weights=WEIGHTS)
 
 
-def test_16_bits_are_compared_too(tmp_path: Path) -> None:
-    """A network without a part would be off by more than rounding."""
-    module, twin = twin_of(Tied, tmp_path, "low_rank:4")
-    with pytest.raises(MisfitError, match="in more ways than one"):
-        TwinModel(module.bfloat16(), twin)(torch.arange(14).view(7, 2), weights=WEIGHTS)
-
-
-def test_products_of_fewer_bits_than_numbers_have(tmp_path: Path) -> None:
-    """What is rounded in them is not taken for a part that is left out; and such a part is still seen."""
-    cpu = torch.device("cpu")
-    assert rounding_of_products(torch.float32, cpu) < 1e-5 < 1e-3 < rounding_of_products(torch.bfloat16, cpu)
-    for case in ("bert", "gpt2", "vit", "convolutions"):
-        make, batch = CASES[case]
-        module, twin = twin_of(make, tmp_path / case, "low_rank:4")
-        meant = logits(TwinModel(module, twin)(**batch, weights=WEIGHTS))
-        with torch.autocast("cpu", torch.bfloat16):
-            found = logits(TwinModel(module, twin)(**batch, weights=WEIGHTS))
-            assert 1e-3 < rounding_of_products(torch.float32, cpu) < 0.05
-        assert 1e-4 < float((found.float() - meant).norm() / meant.norm()) < 0.1
-    module, twin = twin_of(lambda: Quiet(True), tmp_path / "quiet", "low_rank:4")
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MisfitError, match="without calling them"):
-        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
-
-
-def test_few_numbers_of_few_bits(tmp_path: Path) -> None:
-    """What rounding does to one number may by chance be next to nothing."""
-    for seed in range(30):
-        module, twin = twin_of(lambda: Narrow(1), tmp_path / str(seed), "low_rank:4", 2)
-        given = torch.randn(1, 24, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        assert TwinModel(module.bfloat16(), twin)(given, weights=[0.5, 0.5]).shape == (1, 1)
-
-
-@pytest.mark.parametrize("size", [0.3, 1.0])
-def test_a_part_of_few_bits_beside_others(tmp_path: Path, size: float) -> None:
-    """Rounding in one output does not excuse another."""
-    module, twin = twin_of(lambda: Beside(size), tmp_path, "low_rank:4")
-    module.more.bfloat16()  # type: ignore[union-attr,operator]
-    with pytest.raises(MisfitError, match="in more ways than one"):
-        TwinModel(module, twin)(noise(7, 24), weights=WEIGHTS)
-
-
-def test_what_was_looked_at_with_few_bits_is_looked_at_again(tmp_path: Path) -> None:
-    module, twin = twin_of(lambda: Beside(0.1), tmp_path, "low_rank:4")
-    model = TwinModel(module, twin)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(noise(7, 24), weights=WEIGHTS)  # what is left out is less than rounding
-    with pytest.raises(MisfitError, match="in more ways than one"):
-        model(noise(7, 24), weights=WEIGHTS)
-    model = TwinModel(module, twin).bfloat16()
-    model(noise(7, 24).bfloat16(), weights=WEIGHTS)
-    with pytest.raises(MisfitError, match="in more ways than one"):
-        model.float()(noise(7, 24), weights=WEIGHTS)
-
-
-def test_weights_are_mixed_with_all_their_bits_under_autocast(tmp_path: Path) -> None:
-    vectors, half = torch.tensor([[-9.9], [0.3]]), torch.tensor([[1.0, 0.0]])
-    part = Parts(dense=dict(enumerate(vectors)), stack=vectors)
-    factors = Parts(torch.tensor([[-9.9]]), torch.ones(1, 1), torch.tensor([0]))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(part.vectors(half), vectors[:1])
-        assert torch.equal(factors.mixed(half[0], (1, 1)), vectors[:1])
-
-
 def test_gradients_after_inference_mode(tmp_path: Path) -> None:
     module, twin = twin_of(lambda: Narrow(4), tmp_path, "low_rank:4")
     model, weights = TwinModel(module, twin), WEIGHTS.clone().requires_grad_()
@@ -231,11 +165,6 @@ def test_gradients_after_inference_mode(tmp_path: Path) -> None:
     with model.mixing(weights):
         model.module(noise(7, 24)).sum().backward()
     assert weights.grad is not None and bool(weights.grad.any())
-
-
-def test_an_output_of_more_bits_than_the_weights(tmp_path: Path) -> None:
-    module, twin = twin_of(Widened, tmp_path, "low_rank:4")
-    assert TwinModel(module.bfloat16(), twin)(noise(7, 24).bfloat16(), weights=WEIGHTS).dtype == torch.float32
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:
@@ -321,6 +250,25 @@ def test_damaged_parts_are_refused(tmp_path: Path, part: str) -> None:
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match="damaged"):
         TwinModel.over(Channels(), wl.open_twin(tmp_path / "twin"), tmp_path / "model0")
+
+
+def test_numbers_that_are_not_the_same_for_all_samples(tmp_path: Path) -> None:
+    module, twin = twin_of(lambda: Counting(False), tmp_path / "one", "low_rank:4")
+    batch = {"values": noise(7, 24)}
+    found = TwinModel(module, twin)(**batch, weights=WEIGHTS)
+    torch.testing.assert_close(found, merged_sample_by_sample(module, twin, WEIGHTS, batch), rtol=1e-4, atol=1e-4)
+    module, twin = twin_of(lambda: Counting(True), tmp_path / "own", "low_rank:4")
+    with pytest.raises(MisfitError, match="gives a float, which holds all samples"):
+        TwinModel(module, twin, checked=False)(**batch, weights=WEIGHTS)
+
+
+def test_what_is_moved_to_where_it_is_was_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, twin = twin_of(lambda: Narrow(4), tmp_path, "low_rank:4")
+    model, asked = TwinModel(module, twin), []
+    monkeypatch.setattr("weightlab.twin.model.require_merged", lambda *given, **options: asked.append(1))
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)(noise(7, 24).to(dtype), weights=WEIGHTS)
+    assert len(asked) == 2  # once in each
 
 
 def test_an_output_that_cannot_be_compared(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def _together(found: list[Any], name: str) -> Any:
     """What each sample gave, as one batch.
 
     Raises:
-        MisfitError: it is nothing that has rows.
+        MisfitError: it is nothing that has rows, nor the same for all.
     """
     first = found[0]
     if isinstance(first, Tensor) and first.ndim:
@@ -125,7 +125,7 @@ def _together(found: list[Any], name: str) -> Any:
         return type(first)(_together(list(each), name) for each in zip(*found, strict=True))
     if isinstance(first, Mapping):
         return _like(first, {key: _together([each[key] for each in found], name) for key in first})
-    if first is None or isinstance(first, bool | int | float | str):
+    if first is None or (isinstance(first, bool | int | float | str) and all(each == first for each in found)):
         return first
     raise MisfitError(
         f"{name} gives a {type(first).__name__}, which holds all samples",

@@ -153,7 +153,6 @@ class TwinModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Where `to`, `cuda`, `half` and their like come together: the parts go with the module."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._looked_at.clear()  # what is rounding in one dtype may be a part that is left out in another
         for part in {id(part): part for mine in self._layers.values() for part in mine.values()}.values():
             part.apply(fn)  # once, also where a tied embedding and a head have the same
         for layer in self._made:
@@ -258,8 +257,10 @@ class TwinModel(nn.Module):
         if not self._checked or any(hasattr(value, "get_seq_length") for value in given):
             return  # a cache would be filled once more
         shapes = [tuple(value.shape) for value in given if isinstance(value, Tensor)] if guessed else []
-        kind = self.device.type
-        key = (len(mixture) > 1, guessed, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind), *shapes)
+        # What is rounding to numbers or products of few bits may be a part that is left out to others.
+        kind, dtype = self.device.type, next(self.module.parameters()).dtype
+        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        key = (len(mixture) > 1, guessed, dtype, products, *shapes)
         if key in self._looked_at:
             return
         with self._turn, torch.no_grad():
