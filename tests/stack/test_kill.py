@@ -152,8 +152,8 @@ def test_two_hundred_kills_in_place(tmp_path: Path, victims: Victims) -> None:
         assert _weights(model) == expected(found)
         went_on += found == wanted != on
         went_back += found == on != wanted
-        if found == wanted:
-            took += 0.2 * (lived - took)
+        # Those that go on are the quick ones: by them alone kills would come earlier and earlier.
+        took = took + 0.2 * (lived - took) if found == wanted else 1.05 * took
         on = found
     assert went_on > 10
     assert went_back > 10
