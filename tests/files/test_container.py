@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import weightlab as wl
 from weightlab.errors import MalformedFileError, MissingInputError
-from weightlab.files.container import build_header, layout, read_header, strict_json
+from weightlab.files.container import build_header, layout, read_header
+from weightlab.files.foreign import strict_json
 from weightlab.tensors.spec import DTYPES, TensorSpec
 
 GOOD: dict[str, Any] = {

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from weightlab.errors import MalformedFileError, MissingInputError
 from weightlab.files.digest import bytes_digest
+from weightlab.files.foreign import strict_json
 from weightlab.tensors.spec import DTYPES, TensorSpec, is_name
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -45,28 +46,6 @@ class Header:
     data_start: int
     file_size: int
     digest: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[0]!r} appears twice")
-    return result
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")
-
-
-def strict_json(text: str | bytes) -> Any:
-    """Parses JSON, refusing duplicate keys and NaN or Infinity.
-
-    Raises:
-        ValueError: says what is wrong (json.JSONDecodeError is one).
-    """
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
 
 
 def read_header(path: Path) -> Header:

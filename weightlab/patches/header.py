@@ -14,7 +14,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightlab.errors import MalformedFileError
-from weightlab.files.container import strict_json
+from weightlab.files.foreign import strict_json
 from weightlab.tensors.match import extends_rows
 from weightlab.tensors.spec import DTYPES, TensorSpec
 

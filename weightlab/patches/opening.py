@@ -9,7 +9,8 @@ from pathlib import Path
 
 from weightlab.encodings import ENCODINGS
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, UsageError
-from weightlab.files.container import Header, strict_json
+from weightlab.files.container import Header
+from weightlab.files.foreign import strict_json
 from weightlab.patches.header import REMOVED, PatchHeader, Record
 from weightlab.patches.layout import INDEX_NAME, shard_name
 from weightlab.tensors.spec import TensorSpec

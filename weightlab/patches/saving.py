@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightlab.files import disk
-from weightlab.files.container import build_header, read_header, strict_json
+from weightlab.files.container import build_header, read_header
+from weightlab.files.foreign import strict_json
 from weightlab.patches.header import KEY, PatchHeader, canonical, parse_header
 from weightlab.patches.layout import INDEX_NAME
 

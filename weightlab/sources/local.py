@@ -11,8 +11,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from weightlab.errors import MalformedFileError, MissingInputError
-from weightlab.files.container import Entry, Header, read_header, strict_json
+from weightlab.files.container import Entry, Header, read_header
 from weightlab.files.disk import read_exactly, storage_errors
+from weightlab.files.foreign import strict_json
 from weightlab.sources._quantised import opaque_names, read_config
 from weightlab.tensors.spec import TensorSpec
 

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from weightlab.errors import InputError, IntegrityError, StorageError
-from weightlab.files.container import strict_json
 from weightlab.files.disk import read_exactly, storage_errors
+from weightlab.files.foreign import strict_json
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.header import Digest, canonical
 from weightlab.patches.patch import open_patch, stand_in
