@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from fractions import Fraction
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from weightlab.errors import UsageError
-from weightlab.tensors.arithmetic import Faults, add_terms, bits, is_finite, round_scale
+from weightlab.tensors.arithmetic import Faults, add_terms, bits, is_finite, round_into, round_scale
 from weightlab.tensors.spec import BY_TORCH, DTYPES
 
 FLOATS = [d.torch for d in DTYPES.values() if d.kind == "float" and d.torch is not None]
@@ -143,3 +146,41 @@ def test_is_finite(dtype: torch.dtype) -> None:
     nan = torch.tensor([float("nan")]).to(dtype)
     values[57:58] = nan
     assert not is_finite(values)
+
+
+def nearest(value: Fraction, dtype: torch.dtype) -> set[float]:
+    """The elements of a dtype that are nearest to a value, by trying all of them."""
+    every = torch.arange(2 ** (8 * dtype.itemsize), dtype=torch.int32)
+    every = every.to(torch.uint8).view(dtype) if dtype.itemsize == 1 else every.to(torch.int16).view(dtype)
+    held = every.double()
+    finite = sorted({float(v) for v in held[torch.isfinite(held)]})
+    place = bisect_left(finite, value)
+    around = finite[max(0, place - 1) : place + 1]
+    least = min(abs(Fraction(v) - value) for v in around)
+    return {v for v in around if abs(Fraction(v) - value) == least}
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_fp64_is_rounded_once(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(7)
+    middles = [1 + step / 2, 1 + 3 * step / 2, -(1 + step / 2), torch.finfo(dtype).tiny * (1 + step / 2)]
+    values = [m * (1 + k * 2.0**-40) for m in middles for k in (-1, 0, 1)]
+    values += torch.randn(200, generator=generator, dtype=torch.float64).tolist()
+    out = torch.empty(len(values), dtype=dtype)
+    round_into(out, torch.tensor(values, dtype=torch.float64))
+    for value, got in zip(values, out.double().tolist(), strict=True):
+        best = nearest(Fraction(value), dtype)
+        assert got in best, value
+        if len(best) == 2:  # a middle: to the even one
+            pattern = int(bits(torch.tensor([got], dtype=torch.float64).to(dtype))[0])
+            assert pattern % 2 == 0, value
+
+
+def test_rounding_keeps_what_is_special() -> None:
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e300, -1e-300], dtype=torch.float64)
+    out = torch.empty(6, dtype=torch.bfloat16)
+    round_into(out, values)
+    assert bool(out[0].isnan()) and out[1:3].tolist() == [float("inf"), -float("inf")]
+    assert torch.equal(bits(out)[3:4], bits(torch.tensor([-0.0], dtype=torch.bfloat16)))
+    assert float(out[5]) == 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weightlab.encodings._base import Buffers, DeltaReader, Expected, Parts, Plan, Spool, Tile, part_specs
 from weightlab.errors import RangeError, UsageError
+from weightlab.tensors.arithmetic import round_into
 from weightlab.tensors.spec import DTYPES, TensorSpec
 
 _STORED = {"fp64": "F64", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -48,7 +49,9 @@ def rounded(delta: Tensor, dtype: str, name: str) -> Tensor:
                     f"store it as {'fp32' if DTYPES[dtype].bits < 32 else 'fp64'}",
                     [f"{name}: reaches {largest:.6g}, {dtype} holds less than {limit:.6g}"],
                 )
-    return delta.to(DTYPES[dtype].torch)
+    stored = torch.empty(delta.shape, dtype=DTYPES[dtype].torch)
+    round_into(stored, delta)
+    return stored
 
 
 class _Dense:

@@ -106,7 +106,8 @@ def _computed(
     terms = [t for t in target.terms if round_scale(t.scale) != 0.0]
     if not terms:
         return base.view(torch.uint8)
-    compute = compute_dtype(target.spec, *(t.record.spec(t.name) for t in terms))
+    wide = any(torch.float64 in (compute_dtype(target.spec), t.parts.compute) for t in terms)
+    compute = torch.float64 if wide else torch.float32
     deltas: list[tuple[float, Tensor]] = []
     for index, term in enumerate(terms):
         delta = workspace.buffer(f"delta {index}", count, compute)

@@ -15,7 +15,7 @@ from weightlab.encodings import Buffers
 from weightlab.errors import IntegrityError
 from weightlab.files.digest import PartDigest
 from weightlab.files.disk import read_exactly
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import TensorSpec, compute_dtype
 
 Cached = TypeVar("Cached")
 _CHUNK = 2**21
@@ -47,6 +47,11 @@ class StoredParts:
         self._files = files
         self._cache: dict[str, Any] = {}
         self._lock = threading.RLock()
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What the difference is computed in: fp64 where the tensor or what is stored of it is fp64, else fp32."""
+        return compute_dtype(self.spec, *(extent.spec for extent in self.extents.values()))
 
     def numel(self, part: str) -> int:
         return self.extents[part].spec.numel

@@ -79,8 +79,9 @@ class DeltaSource:
         self.opaque: frozenset[str] = frozenset()
 
     def _spec(self, name: str) -> TensorSpec:
-        specs = [patch.records[name].spec(name) for patch, _ in self._terms[name]]
-        return TensorSpec(name, "F64" if any(s.dtype == "F64" for s in specs) else "F32", specs[0].shape)
+        terms = self._terms[name]
+        wide = any(parts.compute == torch.float64 for _, parts in terms)
+        return TensorSpec(name, "F64" if wide else "F32", terms[0][0].records[name].spec(name).shape)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         dtype = self.specs[name].type

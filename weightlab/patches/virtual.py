@@ -15,7 +15,7 @@ from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch, PatchFiles
 from weightlab.sources import Source
 from weightlab.stream.executor import Resources
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import TensorSpec, compute_dtype
 
 Cached = TypeVar("Cached")
 
@@ -26,6 +26,10 @@ class _ReadParts(StoredParts):
     def __init__(self, spec: TensorSpec, source: Source) -> None:
         super().__init__(spec, {}, {})
         self._source = source
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.spec, self._source.specs[self.spec.name])
 
     def numel(self, part: str) -> int:
         return self.spec.numel

@@ -77,6 +77,28 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def round_into(out: Tensor, values: Tensor) -> None:
+    """`out = values` in the dtype of `out`, rounded once to the nearest, ties to even.
+
+    torch goes from fp64 to the narrow dtypes by way of fp32, which rounds twice: a value that fp32 rounds to the middle
+    between two neighbours lands on the wrong one. Rounded to odd on the way (what fp32 cannot hold gets the last bit
+    set), no middle arises that was none (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+
+    Args:
+        values: fp32 or fp64, flat.
+    """
+    if values.dtype != torch.float64 or out.dtype in (torch.float64, torch.float32):
+        out.copy_(values)
+        return
+    near = values.to(torch.float32)
+    back = near.to(torch.float64)
+    beyond = back.abs() > values.abs()  # rounded away from zero; so is what became infinite
+    pattern = near.view(torch.int32)
+    pattern -= beyond.to(torch.int32)
+    pattern |= (back != values).to(torch.int32) & torch.isfinite(values).to(torch.int32)
+    out.copy_(near)
+
+
 def add_terms(
     base: Tensor,
     terms: Sequence[tuple[float, Tensor]],
@@ -110,7 +132,7 @@ def add_terms(
             work.add_(product)
     dtype = BY_TORCH[base.dtype]
     faults = _inspect(base, terms, work, dtype, allow_nonfinite)
-    out.copy_(work)
+    round_into(out, work)
     if faults.finite and not _has_negative_zero(base):
         return faults  # adding a zero has given back the very bits
     if allow_nonfinite:
