@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weightlab.patches.ties import redundant_copy_of, same_bytes
+from weightlab.patches.ties import Copies, redundant_copy_of, same_bytes
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.tensors.tiles import TILE
 
@@ -55,3 +55,26 @@ def test_only_matrices_of_the_same_kind() -> None:
     held = source(a=vector, b=vector.clone(), e=empty, f=empty.clone(), m=embedding(), n=embedding().double())
     for name, other in (("a", "b"), ("e", "f"), ("m", "n")):
         assert redundant_copy_of(held, name, [other]) is None
+
+
+class Counting(MemorySource):
+    """Counts the bytes that are read."""
+
+    count = 0
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        self.count += out.numel()
+        super().read(name, start, out)
+
+
+def test_what_is_read_grows_with_the_tensors_and_not_with_their_pairs() -> None:
+    """Equal ones, and such as are alike at a glance, are the most that can be asked."""
+    begin = embedding(64, 32)
+    tensors = {f"equal_{i}": torch.cat([begin, torch.ones(1, 32)]) for i in range(60)}
+    tensors |= {f"alike_{i}": torch.cat([begin, torch.full((1, 32), 2.0 + i)]) for i in range(60)}
+    held = Counting(tensors)
+    copies = Copies(held, [f"{kind}_{i}" for kind in ("equal", "alike") for i in range(30)])
+    found = [copies.of(f"equal_{i}") for i in range(30, 60)]
+    lost = [copies.of(f"alike_{i}") for i in range(30, 60)]
+    assert found == ["equal_0"] * 30 and lost == [None] * 30
+    assert held.count < 5 * sum(spec.nbytes for spec in held.specs.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from weightlab.patches.ties import redundant_copy_of
+from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.sources.virtual.named import NamedSource
 from weightlab.tensors.match import Pairing, pair
@@ -42,8 +42,8 @@ def match_sources(base: Source, tuned: Source, allow: Collection[str]) -> Pairin
     """
     base_specs, tuned_specs = dict(base.specs), dict(tuned.specs)
     for mine, other, specs in ((base, tuned, base_specs), (tuned, base, tuned_specs)):
-        in_both = [n for n in mine.specs if n in other.specs]
+        copies = Copies(mine, [n for n in mine.specs if n in other.specs])
         for name in [n for n in specs if n not in other.specs]:
-            if redundant_copy_of(mine, name, in_both):
+            if copies.of(name) is not None:
                 del specs[name]
     return pair(base_specs, tuned_specs, base_label=base.label, tuned_label=tuned.label, allow=allow)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ from weightlab.errors import MisfitError, NamesMismatchError, StackError
 from weightlab.patches.header import Record
 from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
-from weightlab.patches.ties import redundant_copy_of
+from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
@@ -115,7 +115,10 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     for entry in entries:
         taken: dict[str, str] = {}
         targets = entry.targets(source.specs)
-        present = [n for t, n in targets.items() if source.aliases.get(t, t) in source.specs]
+        present: dict[str | None, list[str]] = {}  # {digest of what it was taken from: names in the patch}
+        for target, name in targets.items():
+            if source.aliases.get(target, target) in source.specs:
+                present.setdefault(entry.patch.records[name].base_digest, []).append(name)
         for target, name in targets.items():
             stored = source.aliases.get(target, target)
             if stored in taken:  # one patch, two names of one tied tensor: the same change counts once
@@ -147,12 +150,10 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     return result
 
 
-def _twin(patch: Patch, name: str, others: Iterable[str]) -> bool:
-    """Whether one of `others` is the same tensor of the patch's base, changed in the same way."""
+def _twin(patch: Patch, name: str, others: Mapping[str | None, list[str]]) -> bool:
+    """Whether one of the others is the same tensor of the patch's base, changed in the same way."""
     digest = patch.records[name].base_digest
-    return digest is not None and any(
-        patch.records[other].base_digest == digest and _same_change(patch, name, other) for other in others
-    )
+    return digest is not None and any(_same_change(patch, name, other) for other in others.get(digest, ()))
 
 
 def _copies(source: Source, touched: Collection[str], exclude: Sequence[str]) -> dict[str, str]:
@@ -165,13 +166,9 @@ def _copies(source: Source, touched: Collection[str], exclude: Sequence[str]) ->
     if config.get("tie_word_embeddings") is False:
         return {}
     loose = [n for n, s in source.specs.items() if len(s.shape) == 2 and not any(w.isdigit() for w in n.split("."))]
-    found: dict[str, str] = {}
-    for name in loose:
-        if name in touched:
-            for other in loose:
-                if other not in touched and not matches(other, exclude) and redundant_copy_of(source, other, [name]):
-                    found[other] = name
-    return found
+    copies = Copies(source, [name for name in loose if name in touched])
+    others = [name for name in loose if name not in touched and not matches(name, exclude)]
+    return {other: name for other in others if (name := copies.of(other)) is not None}
 
 
 def _same_change(patch: Patch, first: str, second: str) -> bool:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
+from blake3 import blake3
 
 from weightlab.sources import Source
 from weightlab.tensors.tiles import tiles
 
 _CHUNK = 2**21
 _GLANCE = 4096
+_Kind: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 def same_bytes(source: Source, name: str, other: str) -> bool:
@@ -31,20 +34,65 @@ def same_bytes(source: Source, name: str, other: str) -> bool:
     return True
 
 
-def redundant_copy_of(source: Source, name: str, candidates: Iterable[str]) -> str | None:
-    """The tensor among `candidates` that `name` is a redundant copy of; None when there is none.
+class Copies:
+    """Finds tensors that are redundant copies of some others of a checkpoint.
 
-    Only matrices whose elements differ count: constant tensors are equal by chance, not by tying.
+    However many there are, of each a glance is read at most once, and all of it at most once more: those that look
+    alike at a glance are told apart by their digests.
+
+    Args:
+        candidates: what others may be copies of, the preferred ones first; what the checkpoint lacks is ignored.
     """
-    spec = source.specs.get(name)
-    if spec is None or len(spec.shape) != 2 or not spec.numel or _constant(source, name):
-        return None
-    for other in candidates:
-        twin = source.specs.get(other)
-        alike = other != name and twin is not None and (twin.dtype, twin.shape) == (spec.dtype, spec.shape)
-        if alike and same_bytes(source, name, other):
-            return other
-    return None
+
+    def __init__(self, source: Source, candidates: Iterable[str]) -> None:
+        self._source = source
+        self._kinds: dict[_Kind, list[str]] = {}
+        for name in candidates:
+            spec = source.specs.get(name)
+            if spec is not None and len(spec.shape) == 2 and spec.numel:
+                self._kinds.setdefault((spec.dtype, spec.shape), []).append(name)
+        self._alike: dict[_Kind, dict[bytes, list[str]]] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def of(self, name: str) -> str | None:
+        """The first candidate that a tensor is a redundant copy of; None when there is none.
+
+        Only matrices whose elements differ count: constant tensors are equal by chance, not by tying.
+        """
+        spec = self._source.specs.get(name)
+        kind = None if spec is None else (spec.dtype, spec.shape)
+        if kind is None or all(other == name for other in self._kinds.get(kind, ())):
+            return None
+        if kind not in self._alike:
+            self._alike[kind] = {}
+            for other in self._kinds[kind]:
+                self._alike[kind].setdefault(self._glance(other), []).append(other)
+        alike = [other for other in self._alike[kind].get(self._glance(name), ()) if other != name]
+        if len(alike) == 1:
+            found = alike[0] if same_bytes(self._source, name, alike[0]) else None
+        else:
+            found = next((other for other in alike if self._digest(other) == self._digest(name)), None)
+        return None if found is None or _constant(self._source, name) else found
+
+    def _glance(self, name: str) -> bytes:
+        raw = torch.empty(min(_GLANCE, self._source.specs[name].nbytes), dtype=torch.uint8)
+        self._source.read(name, 0, raw)
+        return blake3(raw.numpy().data).digest()
+
+    def _digest(self, name: str) -> bytes:
+        if name not in self._digests:
+            hasher, size = blake3(), self._source.specs[name].nbytes
+            for start in range(0, size, _CHUNK):
+                raw = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
+                self._source.read(name, start, raw)
+                hasher.update(raw.numpy().data)
+            self._digests[name] = hasher.digest()
+        return self._digests[name]
+
+
+def redundant_copy_of(source: Source, name: str, candidates: Iterable[str]) -> str | None:
+    """The tensor among `candidates` that `name` is a redundant copy of. For several names make one `Copies`."""
+    return Copies(source, candidates).of(name)
 
 
 def _constant(source: Source, name: str) -> bool:

@@ -18,7 +18,7 @@ from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource, PatchedSource
-from weightlab.patches.ties import redundant_copy_of
+from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.sources.virtual.chosen import ChosenSource
 from weightlab.sources.virtual.computed import ComputedSource, read_values
@@ -126,6 +126,7 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
             "take the models before they were quantised",
             codes,
         )
+    copies = {id(source): Copies(source, source.specs) for source in (start, *experts.values())}
     common: list[str] = []
     left_out: list[str] = []
     wrong: list[str] = []
@@ -136,7 +137,7 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
         if not having:
             left_out.append(name)
         elif len(having) < len(experts):
-            if all(redundant_copy_of(source, name, source.specs) for source in (start, *having)):
+            if all(copies[id(source)].of(name) for source in (start, *having)):
                 left_out.append(name)  # tied, and stored once more by some; those that store it once say the same
                 continue
             lacking = [n for n, source in experts.items() if name not in source.specs]
@@ -150,13 +151,10 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
     if not common:
         raise NamesMismatchError(f"no tensor of {start.label} is in all experts", "check that it is their base")
     shared = set(common)
+    of_shared = {name: Copies(source, common) for name, source in experts.items()}
     own = {
         name: sorted(
-            (
-                n
-                for n, s in source.specs.items()
-                if s.is_float and n not in shared and not redundant_copy_of(source, n, shared)
-            ),
+            (n for n, s in source.specs.items() if s.is_float and n not in shared and not of_shared[name].of(n)),
             key=natural_key,
         )
         for name, source in experts.items()
