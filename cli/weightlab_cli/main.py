@@ -15,9 +15,11 @@ import click
 from click.shell_completion import shell_complete
 
 from weightlab.errors import Interrupted, StorageError, UsageError, WeightlabError
+from weightlab.files import disk
 from weightlab.registry import Registry
 from weightlab.version import __version__
 from weightlab_cli.output import print_error
+from weightlab_cli.streams import Unprinted, drop_stdout, open_closed_streams, prepare_streams, unprinted
 
 _NAME = "weightlab"
 _COMPLETE = "_WEIGHTLAB_COMPLETE"  # set by the shell when it wants to complete a line
@@ -99,13 +101,18 @@ def invoke(args: Sequence[str]) -> int:
 def run(args: Sequence[str]) -> int:
     """Runs one command line; prints what goes wrong and returns the exit code."""
     as_json, debug = "--json" in args, "--debug" in args
+    begun = disk.finished.total()
     try:
         code = invoke(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `weightlab … | head`: whoever read has seen enough
-        _drop_stdout()
+        drop_stdout()
         return 0
+    except Unprinted as error:
+        drop_stdout()
+        done = disk.finished.total() > begun and "--dry-run" not in args
+        return unprinted(error, done=done)
     except BaseException as error:
         if debug:
             traceback.print_exc()
@@ -114,7 +121,7 @@ def run(args: Sequence[str]) -> int:
             print_error(shown, as_json)
             sys.stdout.flush()
         except OSError:
-            _drop_stdout()
+            drop_stdout()
         return shown.exit_code
 
 
@@ -144,11 +151,6 @@ def _hint(error: click.ClickException) -> str:
     return f"see {context.command_path if context is not None else _NAME} --help"
 
 
-def _drop_stdout() -> None:
-    """Sends what is still in the buffer nowhere: Python would fail once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     """Raises `Interrupted`, except while an earlier one is being handled: a roll-back is not broken off."""
     error = sys.exc_info()[1]
@@ -161,15 +163,14 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def cli() -> NoReturn:
     """The console script."""
+    open_closed_streams()
     # torch makes hundreds of thousands of objects that stay: looking through them for cycles, again and again while it
     # is imported and three times on the way out, would take a second.
     gc.set_threshold(100_000, 50, 1000)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a script
             signal.signal(number, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without × or → is no reason to fail
+    prepare_streams()
     if _COMPLETE in os.environ:
         sys.exit(shell_complete(commands, {}, _NAME, _COMPLETE, os.environ[_COMPLETE]))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -326,8 +327,33 @@ def test_a_full_disk_under_stdout_is_exit_7(place: Path, words: tuple[str, ...])
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 7
-    assert done.stderr.splitlines()[0] == "error: No space left on device"
+    assert done.stderr.splitlines()[0] == "error: stdout: No space left on device"
     assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", ">&- 2>&- <&-", ">/dev/full 2>/dev/full"])
+def test_what_is_done_is_done_whether_or_not_it_can_be_told(place: Path, redirection: str) -> None:
+    """The patch goes on and comes off, with exit 0; no file of the model gets the number of a closed stream."""
+    clean = Path("base/model.safetensors").read_bytes()
+    wl.diff("base", "tuned", "p.safetensors")
+    for words, same in (("apply base p.safetensors --in-place", False), ("remove base --all", True)):
+        line = f"{shlex.join(PROGRAM)} {words} {redirection}"
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        told = "2>" not in redirection
+        assert done.returncode == 0
+        assert ("done, but the outcome could not be printed" in done.stderr) == told
+        assert len(done.stderr.splitlines()) == int(told)
+        assert (Path("base/model.safetensors").read_bytes() == clean) == same
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_what_only_prints_fails_where_nothing_can_be_printed(place: Path, redirection: str) -> None:
+    wl.diff("base", "tuned", "p.safetensors")
+    for words in ("inspect base", "apply base p.safetensors --in-place --dry-run"):
+        line = f"{shlex.join(PROGRAM)} {words} {redirection}"
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode == 7
+        assert done.stderr.startswith("error: stdout: ") and "Traceback" not in done.stderr
 
 
 def test_an_encoding_without_our_characters(place: Path) -> None:

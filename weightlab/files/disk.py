@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ Buffer = Any  # bytes, memoryview or a numpy array: whatever os.pwrite takes
 
 # Called as observer(operation, *arguments) after each operation has succeeded; set by tests only.
 observer: Callable[..., None] | None = None
+
+# {"rename": how often}: whether this process has given anything its final name, so made or changed what stays.
+finished: Counter[str] = Counter()
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _COPY_CHUNK = 2**23
@@ -118,6 +122,7 @@ def sync_folder(path: Path) -> None:
 def rename(old: Path, new: Path) -> None:
     with storage_errors(new):
         os.rename(old, new)
+    finished["rename"] += 1
     _saw("rename", old, new)
 
 
