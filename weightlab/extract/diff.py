@@ -45,21 +45,22 @@ def diff_sources(base: Source, tuned: Source, out: Path | None, options: DiffOpt
     """
     if out is not None:
         refuse_existing(out)
-    difference = _Difference(base, tuned, options)
+    # Taken out to be written: opening the patch needs the memory again that is taken by what is known of many tensors.
+    difference = [_Difference(base, tuned, options)]
     if out is None:
         with disk.storage_errors(tempfile.gettempdir()):
             home = Path(tempfile.mkdtemp(prefix="weightlab-"))
         try:
-            difference.write(home / shard_name(0, 1), sharded=False)
+            difference.pop().write(home / shard_name(0, 1), sharded=False)
             return open_patch(home, temporary=True)
         except BaseException:
             shutil.rmtree(home)
             raise
     with ExitStack() as stack:
         if out.name.endswith(".safetensors"):
-            difference.write(stack.enter_context(atomic_file(out)), sharded=False)
+            difference.pop().write(stack.enter_context(atomic_file(out)), sharded=False)
         else:
-            difference.write(stack.enter_context(atomic_folder(out)), sharded=True)
+            difference.pop().write(stack.enter_context(atomic_folder(out)), sharded=True)
     return open_patch(out)
 
 
@@ -107,20 +108,23 @@ class _Difference:
             sketch = header(records, OPEN_DIGEST, OPEN_DIGEST, self.options)
             writer = PatchWriter(place, {j.pair.name: _stored(j) for j in changed}, sketch, sharded=sharded)
             stack.callback(writer.close)
+            del records, sketch  # of many tensors the header takes more memory than all else: it is there once
             writer.require_room()
             writer.begin()
             for job in changed:
                 write_ready_parts(job, writer, spool)
             encode(self.jobs if self.whole else changed, writer, faults, resources)
             gone = digest_tensors(self.base, self.removed, resources)
+            before, after = self._fingerprints(gone, changed)
+            self.jobs.clear()
             known = self.options.base_known
-            for job in changed:
+            records = {name: removed(self.base, name, gone[name] if known else None) for name in self.removed}
+            while changed:
+                job = changed.pop()
                 name = job.pair.name
                 with faults.gathered():
                     records[name] = final(job, writer.part_records(name), base_known=known)
             faults.raise_any()
-            records |= {name: removed(self.base, name, gone[name] if known else None) for name in self.removed}
-            before, after = self._fingerprints(gone, changed)
             writer.finish(header(records, before, after, self.options))
 
     def _fingerprints(self, gone: dict[str, str], changed: Sequence[Job]) -> tuple[str | None, str | None]:
@@ -133,9 +137,10 @@ class _Difference:
         before = {stored_name(self.base, name): digest for name, digest in gone.items()}
         after: dict[str, str] = {}
         for job in self.jobs:
-            after[stored_name(self.tuned, job.pair.name)] = job.tuned_digest.hexdigest()
+            assert job.tuned_digest is not None
+            after[stored_name(self.tuned, job.pair.name)] = job.tuned_digest
             if job.base_digest is not None:
-                before[stored_name(self.base, job.pair.name)] = job.base_digest.hexdigest()
+                before[stored_name(self.base, job.pair.name)] = job.base_digest
         base_fingerprint = self.options.base_fingerprint
         if self.options.base_known:
             base_fingerprint = self._fingerprint(self.stored_base, before)

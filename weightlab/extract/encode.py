@@ -115,7 +115,6 @@ def encode(jobs: Sequence[Job], writer: PatchWriter, faults: Faults, resources: 
     def tasks() -> Iterator[tuple[int, Job, int, int]]:
         index = 0
         for job in jobs:
-            job.begin_digests()
             for start, stop in tiles(job.pair.tuned_spec.stored.numel):
                 yield index, job, start, stop
                 index += 1
@@ -130,19 +129,24 @@ def encode(jobs: Sequence[Job], writer: PatchWriter, faults: Faults, resources: 
             if job.changed:
                 pieces, measured = _encoded(job, start, stop, base, tuned, workspace)
         with turns.turn(index):
-            if job.base_digest is not None:
-                job.base_digest.update(base.numpy().data)
-            job.tuned_digest.update(tuned.numpy().data)
+            last = stop == job.pair.tuned_spec.stored.numel
+            job.take(base, tuned, last=last)
             writes = [writer.reserve(job.pair.name, part, values) for part, values in pieces.items()]
             job.distance = job.distance.joined(measured)
-            if job.parts is not None and stop == job.pair.tuned_spec.numel:
+            if last and job.parts is not None:
                 job.parts.release()
+            if last and job.changed and not faults:
+                writer.part_records(job.pair.name)
         for write in writes:
             write()
         progress.advance(base.numel() + tuned.numel())
 
     run(tasks(), work, resources, turns)
     faults.raise_any()
+    nothing = torch.empty(0, dtype=torch.uint8)
+    for job in jobs:
+        if not job.pair.tuned_spec.stored.numel:  # it has no tile
+            job.take(nothing, nothing, last=True)
 
 
 def _encoded(

@@ -85,7 +85,7 @@ class Job:
         changed: whether the patch has it.
         plan: how it is stored; None before it is planned and for a tensor that did not change.
         parts: what is stored already, of encodings that make their parts before tiles are encoded.
-        base_digest, tuned_digest: hashers that take the bytes as they come; None: not wanted, or nothing there.
+        base_digest, tuned_digest: what they are, once all bytes have been taken; None: not wanted, or nothing there.
         distance: of the tiles so far.
     """
 
@@ -94,14 +94,27 @@ class Job:
     changed: bool = False
     plan: Plan | None = None
     parts: StoredParts | None = None
-    base_digest: Any = None
-    tuned_digest: Any = None
+    base_digest: str | None = None
+    tuned_digest: str | None = None
     distance: Distance = field(default_factory=Distance)
+    _hashers: tuple[Any, Any] | None = None
 
-    def begin_digests(self) -> None:
-        base, tuned = self.pair.base_spec, self.pair.tuned_spec
-        self.tuned_digest = tensor_hasher(tuned.dtype, tuned.shape)
-        self.base_digest = None if base is None else tensor_hasher(base.dtype, base.shape)
+    def take(self, base: Tensor, tuned: Tensor, *, last: bool) -> None:
+        """Takes the next bytes of both (flat uint8) for the digests, which are there after the last ones."""
+        before, after = self.pair.base_spec, self.pair.tuned_spec
+        if self._hashers is None:
+            self._hashers = (
+                None if before is None else tensor_hasher(before.dtype, before.shape),
+                tensor_hasher(after.dtype, after.shape),
+            )
+        of_base, of_tuned = self._hashers
+        of_tuned.update(tuned.numpy().data)
+        if of_base is not None:
+            of_base.update(base.numpy().data)
+        if last:  # a hasher takes two kilobytes, and tensors may be many
+            self.tuned_digest = of_tuned.hexdigest()
+            self.base_digest = None if of_base is None else of_base.hexdigest()
+            self._hashers = None
 
     def errors(self) -> Errors:
         """What the header says of the distance.

@@ -39,12 +39,11 @@ def final(job: Job, parts: Mapping[str, Part], *, base_known: bool) -> Record:
         RangeError: its error is infinite.
     """
     errors = None if job.choice.encoding.lossless else job.errors()
-    base_digest = job.base_digest.hexdigest() if job.base_digest is not None and base_known else None
-    return _record(job, errors, base_digest, job.tuned_digest.hexdigest(), parts)
+    return _record(job, errors, job.base_digest if base_known else None, job.tuned_digest, parts)
 
 
 def _record(
-    job: Job, errors: Errors | None, base_digest: str | None, tuned_digest: str, parts: Mapping[str, Part]
+    job: Job, errors: Errors | None, base_digest: str | None, tuned_digest: str | None, parts: Mapping[str, Part]
 ) -> Record:
     spec, base = job.pair.spec, job.pair.base_spec
     assert job.plan is not None

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from weightlab.errors import MalformedFileError, MissingInputError
-from weightlab.files.digest import bytes_digest
 from weightlab.files.foreign import strict_json
 from weightlab.tensors.spec import DTYPES, TensorSpec, is_name
 
@@ -78,6 +78,9 @@ def read_header(path: Path) -> Header:
         tree = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"its header is not proper JSON: {error}") from error
+    hasher = blake3(raw)
+    hasher.update(text)
+    del text
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed(path, "its metadata is not a mapping of strings")
@@ -87,17 +90,19 @@ def read_header(path: Path) -> Header:
             pass
     except SafetensorError as error:
         raise _malformed(path, f"the safetensors library refuses it: {error}") from error
-    return Header(entries, metadata, 8 + length, size, bytes_digest(raw + text))
+    return Header(entries, metadata, 8 + length, size, str(hasher.hexdigest()))
 
 
 def _malformed(path: Path, what: str, offenders: list[str] | None = None) -> MalformedFileError:
     return MalformedFileError(f"{path}: {what}", "the file is damaged or incomplete: get it again", offenders or ())
 
 
-def _entries(path: Path, tree: Mapping[str, Any], start: int, size: int) -> dict[str, Entry]:
+def _entries(path: Path, tree: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
+    """The tensors that a header tells of. They are taken out of `tree`, which for many takes much memory."""
     entries: dict[str, Entry] = {}
     wrong: list[str] = []
-    for name, value in tree.items():
+    for name in list(tree):
+        value = tree.pop(name)
         if not is_name(name):
             wrong.append(f"{name!r}: not a name (it is empty, or has control characters or half characters)")
             continue
@@ -150,27 +155,61 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, int], int]:
     return offsets, position
 
 
+def canonical_json(value: Any) -> str:
+    """JSON in one form only: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def described(spec: TensorSpec, offset: int) -> str:
+    """What a header says of one tensor, in JSON. `offset`: in the data section."""
+    shape = ",".join(map(str, spec.shape))
+    return f'{{"data_offsets":[{offset},{offset + spec.nbytes}],"dtype":"{spec.dtype}","shape":[{shape}]}}'
+
+
+def header_text(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str], before: bytes = b""
+) -> bytearray:
+    """The JSON of a header, with sorted keys.
+
+    Args:
+        offsets: of each tensor in the data section.
+        before: bytes that come first; a header of many tensors is not copied to get them.
+    """
+    text = bytearray(before)
+    text += b"{"
+    for name in sorted([*specs, *(["__metadata__"] if metadata else [])]):
+        if len(text) > len(before) + 1:
+            text += b","
+        text += canonical_json(name).encode() + b":"
+        if name in specs:
+            text += described(specs[name], offsets[name]).encode()
+            continue
+        for index, (key, value) in enumerate(sorted(metadata.items())):
+            text += f"{',' if index else '{'}{canonical_json(key)}:".encode()
+            text += canonical_json(value).encode()
+        text += b"}"
+    text += b"}"
+    return text
+
+
+def padded_size(text: int) -> int:
+    """The bytes before the data section, for a text of so many: a length, and spaces up to a multiple of 8."""
+    return 8 + -(-text // _ALIGN) * _ALIGN
+
+
 def build_header(
     specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str], *, size: int = 0
 ) -> bytes:
-    """The bytes before the data section: length, JSON with sorted keys, spaces up to a multiple of 8.
+    """The bytes before the data section.
 
     Args:
         offsets: of each tensor in the data section.
         size: pad to this many bytes (a place that was kept free); must be a multiple of 8 and large enough.
     """
-    tree: dict[str, Any] = {
-        name: {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offsets[name], offsets[name] + spec.nbytes],
-        }
-        for name, spec in specs.items()
-    }
-    if metadata:
-        tree["__metadata__"] = dict(metadata)
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = max(size - 8, -(-len(text) // _ALIGN) * _ALIGN)
-    if size and padded + 8 != size:
-        raise AssertionError(f"a header of {len(text)} bytes does not fit the {size} kept for it")
-    return struct.pack("<Q", padded) + text.ljust(padded)
+    head = header_text(specs, offsets, metadata, bytes(8))
+    padded = max(size, padded_size(len(head) - 8))
+    if size and padded != size:
+        raise AssertionError(f"a header of {len(head) - 8} bytes does not fit the {size} kept for it")
+    head[:8] = struct.pack("<Q", padded - 8)
+    head += b" " * (padded - len(head))
+    return bytes(head)

@@ -6,14 +6,14 @@ versions are errors: a reader never guesses.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightlab.errors import MalformedFileError
+from weightlab.files.container import canonical_json
 from weightlab.files.foreign import strict_json
 from weightlab.tensors.match import extends_rows
 from weightlab.tensors.spec import DTYPES, TensorSpec
@@ -27,6 +27,9 @@ REMOVED = "removed"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["diff", "signature", "shared", "exclusive", "composed"]
+
+
+canonical = canonical_json
 
 
 class _Strict(BaseModel):
@@ -67,6 +70,10 @@ class Record(_Strict):
     result_digest: Digest | None = None
     error: Errors | None = None
     parameters: dict[str, Any] = {}
+
+    def text(self) -> str:
+        """The JSON that is stored, without what is at its default."""
+        return canonical(self.model_dump(by_alias=True, exclude_defaults=True))
 
     def spec(self, name: str) -> TensorSpec:
         """The result's spec."""
@@ -161,32 +168,39 @@ class PatchHeader(_Strict):
     notes: str | None = None
     shard: Shard | None = None
 
-    def tree(self) -> dict[str, Any]:
-        """JSON values, without what is at its default."""
-        tree = self.model_dump(by_alias=True, exclude_defaults=True)
-        tree.setdefault("requires", [])
-        return tree
-
     def text(self) -> str:
-        """The JSON that is stored: sorted keys, no spaces."""
-        return canonical(self.tree())
+        """The JSON that is stored: sorted keys, no spaces, without what is at its default."""
+        return "".join(self._pieces())
 
     def id(self) -> str:
         """The patch's identity: BLAKE3 of the canonical header without created, notes, license and layout."""
-        tree = self.tree()
-        for key in ("created", "notes", "license", "shard"):
-            tree.pop(key, None)
-        return str(blake3(canonical(tree).encode()).hexdigest())
+        hasher = blake3()
+        for piece in self._pieces("created", "notes", "license", "shard"):
+            hasher.update(piece.encode())
+        return str(hasher.hexdigest())
 
-
-def canonical(tree: Mapping[str, Any]) -> str:
-    """JSON in one form only."""
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    def _pieces(self, *without: str) -> Iterator[str]:
+        """The text in pieces: a header of many tensors is never there as a tree of dicts."""
+        tree = self.model_dump(by_alias=True, exclude_defaults=True, exclude={"tensors", *without})
+        tree = {"requires": [], **tree, "tensors": self.tensors}
+        for index, key in enumerate(sorted(tree)):
+            yield f"{',' if index else '{'}{canonical(key)}:"
+            if key != "tensors":
+                yield canonical(tree[key])
+                continue
+            for number, name in enumerate(sorted(self.tensors)):
+                yield f"{',' if number else '{'}{canonical(name)}:{self.tensors[name].text()}"
+            yield "}" if self.tensors else "{}"
+        yield "}"
 
 
 def features_of(records: Mapping[str, Record]) -> set[str]:
     """Which of `FEATURES` a patch uses."""
     return set[str]().union(*(record.features() for record in records.values()))
+
+
+def _problems(error: ValidationError, *inside: str) -> list[str]:
+    return [f"{'.'.join(map(str, (*inside, *e['loc'])))}: {e['msg']}" for e in error.errors()]
 
 
 def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
@@ -209,13 +223,23 @@ def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
         raise MalformedFileError(
             f"{where}: patch schema {version!r}; this version of weightlab reads {SCHEMA}", "update weightlab"
         )
+    described = tree.get("tensors")
+    records: dict[str, Record] = {}
+    details: list[str] = []
+    if isinstance(described, dict):
+        tree["tensors"] = {}
+        for name in list(described):  # one by one: of many tensors the tree takes more memory than all else
+            try:
+                records[name] = Record.model_validate(described.pop(name))
+            except ValidationError as error:
+                details += _problems(error, "tensors", name)
     try:
         header = PatchHeader.model_validate(tree)
     except ValidationError as error:
-        details = [f"{'.'.join(str(x) for x in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise MalformedFileError(
-            f"{where}: its patch header breaks the format", "get the file again", details
-        ) from error
+        details += _problems(error)
+    if details:
+        raise MalformedFileError(f"{where}: its patch header breaks the format", "get the file again", details)
+    header = header.model_copy(update={"tensors": records})
     unknown = sorted(set(header.requires) - FEATURES)
     if unknown:
         raise MalformedFileError(

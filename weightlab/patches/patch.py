@@ -219,6 +219,7 @@ def open_patch(path: str | os.PathLike[str], *, temporary: bool = False) -> Patc
     paths, index = files_of(place)
     headers = {name: read_header(p) for name, p in paths.items() if name != INDEX_NAME or index is None}
     header, identity = joined(place, {n: parse_header(h.metadata, str(paths[n])) for n, h in headers.items()})
+    headers = {n: replace(h, metadata={}) for n, h in headers.items()}  # it says the same, at length
     check_entries(place, header, headers, index)
     files = PatchFiles(paths, place if temporary else None)
     extents = {

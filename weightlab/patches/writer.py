@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlab.errors import UsageError
 from weightlab.files import disk
-from weightlab.files.container import MAX_HEADER, build_header, layout
+from weightlab.files.container import MAX_HEADER, build_header, described, header_text, layout, padded_size
 from weightlab.files.digest import PartDigest
 from weightlab.files.disk import read_exactly
 from weightlab.files.write_behind import WriteBehind
@@ -98,23 +98,40 @@ class PatchWriter:
         self._file_of = {name: file for file in self._files for name in file.names}
         self._sharded = sharded
         self._place = place
-        self._digests: dict[tuple[str, str], PartDigest] = {}
+        self._digests: dict[tuple[str, str], PartDigest] = {}  # of parts that are being written
+        self._records: dict[str, dict[str, Part]] = {}
         self._written: dict[tuple[str, str], int] = defaultdict(int)
         self._behind = WriteBehind()
-        draft = _at_worst(draft, tensors)
         for index, file in enumerate(self._files):
-            worst = dict(file.specs)
-            for name in file.names:
-                growing = tensors[name].growing
-                if growing:
-                    worst[entry_name(name, growing[0])] = TensorSpec(growing[0], "U8", (growing[1],))
-            offsets = dict.fromkeys(worst, file.end + sum(s.nbytes for s in worst.values()))
-            file.header_bytes = len(build_header(worst, offsets, self._metadata(draft, index, _ANY_DIGEST)))
+            file.header_bytes = self._worst_header(file, draft, index)
             if file.header_bytes > MAX_HEADER:
                 raise UsageError(
                     f"{file.path.name}: the header of one file would pass the format's {MAX_HEADER:,} bytes",
                     "give the output a name without .safetensors, so that it becomes a folder of shards",
                 )
+
+    def _worst_header(self, file: _File, draft: PatchHeader, index: int) -> int:
+        """The bytes of a file's header at most: every part is there, with a digest in place of each that is open.
+
+        They are counted tensor by tensor: of many tensors the header itself would take more memory than all else.
+        """
+        least = sum(spec.nbytes for spec in file.specs.values())
+        growing = [stored.growing[1] for n in file.names if (stored := self._tensors[n]).growing]
+        offset = file.end + least + sum(growing)
+        own = self._own(draft, index)
+        bare = self._metadata(draft, index, _ANY_DIGEST, {})
+        size = len(header_text({}, {}, bare)) + max(0, len(own) - 1)
+        for name, record in own.items():
+            stored = self._tensors.get(name, StoredTensor())
+            specs = dict(stored.fixed)
+            if stored.growing:
+                specs[stored.growing[0]] = TensorSpec(stored.growing[0], "U8", (stored.growing[1],))
+            parts = {part: Part(entry=entry_name(name, part), digest=_ANY_DIGEST) for part in specs}
+            text = f"{canonical(name)}:{record.model_copy(update={'parts': parts}).text()}"
+            size += len(canonical(text).encode()) - 2  # as it stands in a text of JSON, without the quotes
+            for part, spec in specs.items():
+                size += len(f",{canonical(entry_name(name, part))}:{described(spec, offset)}".encode())
+        return padded_size(size)
 
     def require_room(self) -> None:
         """Checks that what is certain to be written has room; what is compressed may turn out smaller than feared.
@@ -179,24 +196,30 @@ class PatchWriter:
         return StoredParts(spec, parameters, extents)
 
     def part_records(self, name: str) -> dict[str, Part]:
-        """The header's account of a tensor's parts, once all are written."""
+        """The header's account of a tensor's parts, once all are written; nothing more may come to them.
+
+        Asked for early, it spares memory: a digest that goes on takes two kilobytes.
+        """
+        if name in self._records:
+            return self._records[name]
         stored, file = self._tensors[name], self._file_of[name]
         records: dict[str, Part] = {}
         for part in (*stored.fixed, *([stored.growing[0]] if stored.growing else [])):
             self.append(name, part, torch.empty(0, dtype=torch.uint8))  # an empty part was never begun
-            entry, written = entry_name(name, part), self._written[name, part]
+            entry, written = entry_name(name, part), self._written.pop((name, part))
             spec = stored.fixed.get(part) or TensorSpec(part, "U8", (written,))
             if spec.nbytes != written:
                 raise AssertionError(f"{entry}: {written} bytes written, {spec.nbytes} planned")
             file.specs[entry] = spec
-            records[part] = Part(entry=entry, digest=self._digests[name, part].hexdigest(spec.shape))
+            records[part] = Part(entry=entry, digest=self._digests.pop((name, part)).hexdigest(spec.shape))
+        self._records[name] = records
         return records
 
     def finish(self, header: PatchHeader) -> None:
         """Writes the headers, and the index of a sharded patch; syncs everything."""
         patch_id = header.id()
         for index, file in enumerate(self._files):
-            metadata = self._metadata(header, index, patch_id)
+            metadata = self._metadata(header, index, patch_id, self._own(header, index))
             head = build_header(file.specs, file.offsets, metadata, size=file.header_bytes)
             disk.write_at(file.fd, head, 0, file.path)
             self._behind.finish(file.fd, file.path)
@@ -219,24 +242,17 @@ class PatchWriter:
                 os.close(file.fd)
                 file.fd = -1
 
-    def _metadata(self, header: PatchHeader, index: int, patch_id: str) -> dict[str, str]:
-        if len(self._files) > 1:
-            own = {n: header.tensors[n] for n in self._files[index].names}
-            # Tensors without stored parts (removed ones) belong to the first shard.
-            if index == 0:
-                own |= {n: r for n, r in header.tensors.items() if n not in self._file_of}
-            shard = Shard(index=index, count=len(self._files), id=patch_id)
-            header = header.model_copy(update={"tensors": own, "shard": shard})
-        return {"format": "pt", KEY: header.text()}
+    def _own(self, header: PatchHeader, index: int) -> dict[str, Record]:
+        """What one file's header tells of; tensors without stored parts (removed ones) belong to the first."""
+        if len(self._files) == 1:
+            return header.tensors
+        own = {n: header.tensors[n] for n in self._files[index].names}
+        return own | ({n: r for n, r in header.tensors.items() if n not in self._file_of} if index == 0 else {})
 
-
-def _at_worst(draft: PatchHeader, tensors: Mapping[str, StoredTensor]) -> PatchHeader:
-    """The draft with every part present and a digest in place of each that is still open."""
-    records: dict[str, Record] = {}
-    for name, record in draft.tensors.items():
-        stored = tensors.get(name, StoredTensor())
-        parts = (*stored.fixed, *([stored.growing[0]] if stored.growing else []))
-        records[name] = record.model_copy(
-            update={"parts": {p: Part(entry=entry_name(name, p), digest=_ANY_DIGEST) for p in parts}}
-        )
-    return draft.model_copy(update={"tensors": records})
+    def _metadata(
+        self, header: PatchHeader, index: int, patch_id: str, tensors: Mapping[str, Record]
+    ) -> dict[str, str]:
+        count = len(self._files)
+        shard = Shard(index=index, count=count, id=patch_id) if count > 1 else header.shard
+        own = header.model_copy(update={"tensors": dict(tensors), "shard": shard})
+        return {"format": "pt", KEY: own.text()}

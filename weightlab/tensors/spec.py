@@ -117,7 +117,9 @@ def is_name(name: object) -> bool:
 
     Anything else is a name, dots, slashes and colons included: nothing is ever made of it but a key.
     """
-    return isinstance(name, str) and bool(name) and not any(category(c) in ("Cc", "Cs") for c in name)
+    if not isinstance(name, str) or not name:
+        return False
+    return name.isprintable() or not any(category(c) in ("Cc", "Cs") for c in name)  # what prints has neither
 
 
 def compute_dtype(*specs: TensorSpec) -> torch.dtype:
