@@ -37,6 +37,7 @@ from weightlab.tensors.tiles import TILE, tile_count
 
 _REMEDY = "get the patch again"
 _PIECE = 2048  # bytes that are worth a Huffman table of their own
+_PLAIN = 1024  # bytes of a block that are not worth splitting: the header says as much about such a tensor
 
 
 class _Contexts(threading.local):
@@ -61,10 +62,11 @@ def encode_block(base: Array, tuned: Array, dtype: str) -> list[bytes]:
     """
     if np.array_equal(base[:_PIECE], tuned[:_PIECE]) and np.array_equal(base, tuned):
         return [b""] * len(PLANES)
-    rules, *planes = split(base, tuned, dtype)
-    frames = [b"".join(piece.tobytes() for piece in rules), *map(_compress, planes)]
-    if sum(map(len, frames)) < tuned.nbytes:
-        return frames
+    if tuned.nbytes > _PLAIN:
+        rules, *planes = split(base, tuned, dtype)
+        frames = [b"".join(piece.tobytes() for piece in rules), *map(_compress, planes)]
+        if sum(map(len, frames)) < tuned.nbytes:
+            return frames
     return [tuned.tobytes() if plane == "symbols" else b"" for plane in PLANES]
 
 
