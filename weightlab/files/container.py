@@ -199,7 +199,7 @@ def padded_size(text: int) -> int:
 
 def build_header(
     specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str], *, size: int = 0
-) -> bytes:
+) -> bytearray:
     """The bytes before the data section.
 
     Args:
@@ -212,4 +212,4 @@ def build_header(
         raise AssertionError(f"a header of {len(head) - 8} bytes does not fit the {size} kept for it")
     head[:8] = struct.pack("<Q", padded - 8)
     head += b" " * (padded - len(head))
-    return bytes(head)
+    return head

@@ -48,7 +48,7 @@ class OutputFile:
     """
 
     name: str
-    head: bytes
+    head: bytes | bytearray
     places: dict[str, int]
     specs: dict[str, TensorSpec]
     source: str | None
