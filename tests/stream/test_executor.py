@@ -163,3 +163,18 @@ def test_room_for_matrices_is_what_the_budget_leaves() -> None:
     small, large = (Resources(threads=2, memory=memory).room_for_matrices().size for memory in (2**29, 2**32))
     assert 0 < small * 40 < 2**29 < large * 40 < 2**32
     assert Resources(threads=2).room_for_matrices().size < Resources(threads=4).room_for_matrices().size
+
+
+def test_others_come_when_tasks_take_long() -> None:
+    """While they are short one thread works alone, unless it is held up."""
+    seen: list[int] = []
+
+    def work(task: float, workspace: Workspace) -> None:
+        seen.append(threading.get_ident())
+        time.sleep(task)
+
+    run([0.0] * 2000, work, Resources(threads=4))
+    assert len(seen) == 2000
+    seen.clear()
+    run([0.0] * 500 + [0.02] * 40, work, Resources(threads=4))
+    assert len(set(seen)) == 4 and len(seen) == 540

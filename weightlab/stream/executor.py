@@ -187,7 +187,11 @@ def run(
     feed = _Feed(tasks)
     errors: list[BaseException] = []
 
-    def loop() -> None:
+    together = threading.Event()
+
+    def loop(first: bool) -> None:
+        if not first:
+            together.wait()
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)  # of this thread alone; one that the caller has set would be inherited
         workspace = Workspace(resources.device)
@@ -204,22 +208,24 @@ def run(
                 turns.abort()
 
     before = torch.get_num_threads()
-    threads = [threading.Thread(target=loop, daemon=True) for _ in range(resources.workers(more))]
+    count = resources.workers(more)
+    threads = [threading.Thread(target=loop, args=(not index,), daemon=True) for index in range(count)]
     try:
-        threads[0].start()
-        others, given = threads[1:], 0
-        while others and threads[0].is_alive():
+        for thread in threads:
+            thread.start()
+        given = 0
+        while threads[0].is_alive() and count > 1:
             threads[0].join(_GLANCE)
             if feed.given - given < _GLANCE / _SHORT:
                 break
             given = feed.given
-        for thread in others:
-            thread.start()
+        together.set()
         for thread in threads:
             while thread.is_alive():  # a join without a limit would not let a signal through
                 thread.join(0.1)
     finally:
         feed.stopped = True
+        together.set()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
