@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 WHEELS := .cache/wheels
 
-.PHONY: demo test lint clean
+.PHONY: demo test mutants lint clean
 
 demo: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/weightlab demo --data $(WHEELS)
 
 test: lint $(WHEELS)/chgnet
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Whether the tests notice changes of single places in the library, as many as COUNT says, drawn by SEED.
+COUNT ?= 200
+SEED ?= 0
+mutants: $(VENV)/installed $(WHEELS)/chgnet
+	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED) --workers $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
