@@ -129,7 +129,7 @@ def _not_run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_arithmetic(node: ast.AST) -> bool:
-    """Whether it is an operator that can be exchanged; on texts that are written out another one is an error at once."""
+    """Whether it is an operator that can be exchanged; on texts another one is an error at once."""
     if not isinstance(node, ast.BinOp | ast.AugAssign) or type(node.op) not in _OPERATORS:
         return False
     sides = [node.value] if isinstance(node, ast.AugAssign) else [node.left, node.right]
