@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightlab.adapters.changes import Addition, Change, Dora, Product, Rows, Stacked, Values
-from weightlab.adapters.config import CONFIG, AdapterConfig, read_config
-from weightlab.errors import MalformedFileError, MissingInputError, UsageError
-from weightlab.sources import Source, open_source
+from weightlab.adapters.changes import Change, Folded, Product, Rows, Values
+from weightlab.adapters.config import CONFIG, AdapterConfig, ExpertsLayout, read_config
+from weightlab.adapters.files import companions_of, opened, weights_of
+from weightlab.adapters.keys import INNER, plain_keys
+from weightlab.adapters.kinds import THROUGH_PEFT
+from weightlab.adapters.lora import FACTOR, LoraModules, Shapes, owner_of
+from weightlab.adapters.peft_layers import PeftModules
+from weightlab.errors import MalformedFileError
+from weightlab.sources import Source
 
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
+_TOKENS = ".trainable_tokens_delta"
+_TOKEN_ADAPTER = ".token_adapter"
+_NORM = ".ln_tuning_layers."
+_EMPTIED = (
+    "save it again with the weights gathered: under ZeRO-3 with stage3_gather_16bit_weights_on_model_save, under FSDP "
+    "with a full state dict"
 )
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-_INNER = ".base_layer"
 
 Network = Callable[[], Any]
 """Makes the network without weights, or gives None where it is not known."""
@@ -35,11 +39,13 @@ class Adapter:
 
     Attributes:
         changes: {the network's name of a tensor: what is done to it, in order}.
+        notes: what the user should know of it.
     """
 
     label: str
     config: AdapterConfig
     changes: dict[str, list[Change]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_adapter(path: Path) -> bool:
@@ -47,103 +53,92 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read_adapter(folder: Path, network: Network) -> Adapter:
+def read_adapter(
+    folder: Path,
+    network: Network,
+    shapes: Shapes = lambda name: None,
+    experts_layout: ExpertsLayout | None = None,
+) -> Adapter:
     """Reads an adapter whole, in fp32.
+
+    Args:
+        network: makes the model's network, or gives None.
+        shapes: of the network's tensors in the model that it goes on, or None.
+        experts_layout: how stacked experts lie in `lora_B`, whatever the configuration says.
 
     Raises:
         UnsupportedFormatError: see `read_config`.
         MissingInputError: its weights are not there.
-        MalformedFileError: lists the keys that belong to nothing.
-        UsageError: the network is needed and not known.
+        MalformedFileError: lists the keys that belong to nothing, and factors that make no sense; or it is empty.
+        UsageError: the network is needed and not known; or peft is needed and not installed.
     """
     config = read_config(folder)
-    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise MissingInputError(f"{folder}: an adapter without weights", f"it needs {_FILES[0]}")
-    source = open_source(file)
-    try:
-        tensors = {name.removeprefix(_PREFIX): fp32(source, name) for name in source.specs}
-    finally:
-        source.close()
-    adapter = Adapter(str(folder), config)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        factor = _FACTOR.fullmatch(key)
+    label = str(folder)
+    made = cache(network)
+    adapter = Adapter(label, config)
+    loras = LoraModules(label, config, made, shapes, experts_layout)
+    layers = PeftModules(label, config, made)
+    unknown: list[str] = []
+    for key, tensor, dtype in _tensors(folder, config):
+        factor = None if config.through_peft else FACTOR.fullmatch(key)
         if factor:
-            modules.setdefault(factor["module"], {})[factor["part"]] = tensor
+            loras.modules.setdefault(factor["module"], {})[factor["part"]] = tensor.to(torch.float32)
         elif key.endswith(_TOKENS):
-            module = key.removesuffix(_TOKENS)
-            _add(adapter, f"{module}.weight", Rows(config.tokens_of(module), tensor))
+            module = key.removesuffix(_TOKENS).removesuffix(_TOKEN_ADAPTER)
+            _add(adapter, f"{module}.weight", Rows(config.tokens_of(module), tensor.to(torch.float32)))
+        elif config.through_peft and layers.take(key, tensor):
+            continue
         elif "lora_" in key:
-            raise MalformedFileError(f"{folder}: what is {key}?", "get the adapter again")
+            unknown.append(key)
         else:
-            _add(adapter, key.replace(f"{_INNER}.", "."), Values(tensor))
-    wrong: list[str] = []
-    for module, parts in modules.items():
-        try:
-            _lora(adapter, module, parts, network)
-        except KeyError as error:
-            wrong.append(f"{module}: {error.args[0]} is missing")
-    if wrong:
-        raise MalformedFileError(f"{folder}: factors are missing", "get the adapter again", wrong)
+            name = key.replace(f"{INNER}.", ".").replace(f"{_TOKEN_ADAPTER}.", ".").replace(_NORM, ".")
+            _add(adapter, name, Values(tensor.to(torch.float32), dtype=dtype))
+    if unknown:
+        raise MalformedFileError(f"{label}: these tensors belong to nothing", "get the adapter again", unknown)
+    for name, changes in loras.changes().items():
+        adapter.changes.setdefault(name, []).extend(changes)
+    if layers.modules or layers.shared:
+        for module, fold in layers.folds().items():
+            for own in fold.changes:
+                _add(adapter, f"{owner_of(module)}.{own}", Folded(fold, own))
+    if not adapter.changes:
+        raise MalformedFileError(f"{label}: it has no tensors", _EMPTIED)
     for changes in adapter.changes.values():  # a saved embedding is what its factors are added to
         changes.sort(key=lambda change: not isinstance(change, Values))
+    every = [change for changes in adapter.changes.values() for change in changes]
+    if all(isinstance(change, Product) and not bool(change.left.any() and change.right.any()) for change in every):
+        adapter.notes.append(f"{label} changes nothing: a factor of each product is zero")
     return adapter
 
 
-def fp32(source: Source, name: str) -> Tensor:
-    """A whole tensor of a source."""
+def _tensors(folder: Path, config: AdapterConfig) -> list[tuple[str, Tensor, str]]:
+    """(plain key, tensor as it is stored, its dtype) of all files.
+
+    Raises:
+        MalformedFileError: lists tensors without elements, which ZeRO-3 leaves of what it has scattered.
+    """
+    prefix = THROUGH_PEFT[config.kind].prefix if config.through_peft else "lora_"
+    with opened([*weights_of(folder), *companions_of(folder)]) as owners:
+        plain = plain_keys(str(folder), owners, prefix)
+        stored = {key: owners[key].aliases.get(key, key) for key in plain}
+        empty = [f"{key} {list(owners[key].specs[name].shape)}" for key, name in stored.items()
+                 if not owners[key].specs[name].numel]  # fmt: skip
+        if empty:
+            raise MalformedFileError(f"{folder}: {len(empty)} of its tensors have no elements", _EMPTIED, empty)
+        return [(plain[key], whole(owners[key], name), owners[key].specs[name].dtype) for key, name in stored.items()]
+
+
+def whole(source: Source, name: str) -> Tensor:
+    """A whole tensor of a source, as it is stored."""
     tensor = source.specs[name].empty()
     source.read(name, 0, tensor.reshape(-1).view(torch.uint8))
-    return tensor.to(torch.float32)
+    return tensor
+
+
+def fp32(source: Source, name: str) -> Tensor:
+    """A whole tensor of a source in fp32."""
+    return whole(source, name).to(torch.float32)
 
 
 def _add(adapter: Adapter, name: str, change: Change) -> None:
     adapter.changes.setdefault(name, []).append(change)
-
-
-def _lora(adapter: Adapter, module: str, parts: dict[str, Tensor], network: Network) -> None:
-    config = adapter.config
-    owner = module
-    while owner.endswith(_INNER):
-        owner = owner.removesuffix(_INNER)
-    if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
-        down, up = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        scaling = config.scaling(owner, down.shape[0])
-        product = Product(down.T.contiguous(), (up * scaling).T.contiguous())
-        _add(adapter, f"{owner}.weight", _with_magnitude(product, parts, transposed=False))
-        return
-    down, up = parts["lora_A.weight"], parts["lora_B.weight"]
-    targets = config.parameters_of(owner)
-    if targets:
-        _add_to_parameter(adapter, module, owner, targets, (down, up), network)
-        return
-    scaling = config.scaling(owner, down.shape[0])
-    left, right = up.flatten(1) * scaling, down.flatten(1)
-    product = Product(right.T.contiguous(), left.T.contiguous()) if config.fan_in_fan_out else Product(left, right)
-    _add(adapter, f"{owner}.weight", _with_magnitude(product, parts, transposed=config.fan_in_fan_out))
-    if "lora_B.bias" in parts:
-        _add(adapter, f"{owner}.bias", Addition(parts["lora_B.bias"] * scaling))
-
-
-def _with_magnitude(product: Product, parts: dict[str, Tensor], *, transposed: bool) -> Change:
-    magnitude = parts.get("lora_magnitude_vector")
-    return product if magnitude is None else Dora(product, magnitude, transposed)
-
-
-def _add_to_parameter(
-    adapter: Adapter, module: str, owner: str, targets: list[str], factors: tuple[Tensor, Tensor], network: Network
-) -> None:
-    """peft wraps a module once for each of its parameters that is a target: the innermost is the module's first."""
-    made = network()
-    inner: Any = made.get_submodule(owner) if made is not None else None
-    if inner is not None:
-        targets = [name for name, _ in inner.named_parameters(recurse=False) if name in targets]
-    elif len(targets) > 1:
-        raise UsageError(
-            f"{adapter.label}: which of {', '.join(targets)} a factor is for depends on the network",
-            "put it on a folder with the model's config.json",
-        )
-    name = targets[len(targets) - 1 - module.removeprefix(owner).count(_INNER)]
-    in_first = None if inner is None else bool(getattr(inner, "is_transposed", False))
-    _add(adapter, f"{owner}.{name}", Stacked(*factors, partial(adapter.config.scaling, f"{owner}.{name}"), in_first))

@@ -9,9 +9,22 @@ from typing import overload
 
 from torch import Tensor
 
+from weightlab.adapters.config import ExpertsLayout
 from weightlab.errors import StackError, UsageError
+from weightlab.extract.adapter import AdapterOptions
+from weightlab.ops.grown import carry_vocabulary
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import Base, ModelLike, PatchesLike, PathLike, base_of, label_of, listed, open_patches
+from weightlab.ops.operands import (
+    Base,
+    ModelLike,
+    PatchesLike,
+    PathLike,
+    adapter_at,
+    base_of,
+    label_of,
+    listed,
+    open_patches,
+)
 from weightlab.ops.outcome import Outcome, outcome_of
 from weightlab.ops.state_dict import patch_state_dict
 from weightlab.patches.fit import StackEntry
@@ -29,6 +42,8 @@ def apply(
     include: Sequence[str] = ...,
     exclude: Sequence[str] = ...,
     renames: Mapping[str, str] | None = ...,
+    allow: Sequence[str] = ...,
+    experts_layout: ExpertsLayout | None = ...,
     allow_nonfinite: bool = ...,
     resources: Resources | None = ...,
 ) -> dict[str, Tensor]: ...
@@ -44,6 +59,8 @@ def apply(
     include: Sequence[str] = ...,
     exclude: Sequence[str] = ...,
     renames: Mapping[str, str] | None = ...,
+    allow: Sequence[str] = ...,
+    experts_layout: ExpertsLayout | None = ...,
     key: str | None = ...,
     links: Links = ...,
     allow_nonfinite: bool = ...,
@@ -62,6 +79,8 @@ def apply(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     renames: Mapping[str, str] | None = None,
+    allow: Sequence[str] = (),
+    experts_layout: ExpertsLayout | None = None,
     key: str | None = None,
     links: Links = "refuse",
     allow_nonfinite: bool = False,
@@ -79,6 +98,8 @@ def apply(
         in_place: change the checkpoint itself; `remove` takes patches off again, bit for bit.
         include, exclude: globs over the model's tensor names.
         renames: {old prefix: new prefix} from the patch's tensor names to the model's.
+        allow: `"added"`: tensors of an adapter that the model lacks, such as a head, are added to it.
+        experts_layout: how the experts lie in an adapter's `lora_B`, where it does not say so.
         key: where in a pickle the state dict lies.
         links, allow_nonfinite, wait, dry_run: see `ChangeOptions`.
 
@@ -89,9 +110,14 @@ def apply(
         StackError: a patch is on already, or is given twice.
         MisfitError: the patches do not fit; every offender is listed, and nothing was written.
     """
+    unknown = sorted(set(patterns(allow)) - {"added"})
+    if unknown:
+        raise UsageError(f"allow={', '.join(unknown)} is not known here", 'give "added", or nothing')
     resources = resources or Resources()
     base = base_of(model, key=key, wait=wait, resources=resources)
-    entries = _entries(patches, base, include, exclude, renames)
+    added = "added" in patterns(allow)
+    adapters = AdapterOptions(patterns(include), patterns(exclude), dict(renames or {}), added, experts_layout)
+    entries = _entries(patches, base, adapters)
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
@@ -100,25 +126,28 @@ def apply(
         raise UsageError("say where the result goes", "either --out PATH or --in-place")
     options = ChangeOptions(links, allow_nonfinite, wait, dry_run, resources)
     if in_place:
-        return outcome_of(model, change(Path(model), lambda on: joined(model, on, entries), options), dry_run)
-    assert out is not None
-    return write_out(model, Path(out), lambda on: joined(model, on, entries), key, options)
+        done = outcome_of(model, change(Path(model), lambda on: joined(model, on, entries), options), dry_run)
+    else:
+        assert out is not None
+        grown = carry_vocabulary(model, Path(out), entries, listed(patches))
+        done = write_out(model, Path(out), lambda on: joined(model, on, entries), key, options, grown.files)
+        done.notes += grown.notes
+    done.notes += [
+        entry.patch.header.notes for _, entry in entries if entry.patch.path is None and entry.patch.header.notes
+    ]
+    return done
 
 
-def _entries(
-    patches: PatchesLike,
-    base: Base,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    renames: Mapping[str, str] | None,
-) -> list[On]:
+def _entries(patches: PatchesLike, base: Base, options: AdapterOptions) -> list[On]:
+    """Filters and renames are for patches as they lie there; of an adapter only what they leave became a patch."""
     operands = listed(patches)
+    whole = (options.include, options.exclude, dict(options.renames))
     return [
         (
             label_of(operand, patch),
-            StackEntry(patch, patch.exact_scale, patterns(include), patterns(exclude), dict(renames or {})),
+            StackEntry(patch, patch.exact_scale, *(whole if adapter_at(operand) is None else ((), (), {}))),
         )
-        for operand, patch in zip(operands, open_patches(operands, base), strict=True)
+        for operand, patch in zip(operands, open_patches(operands, base, options), strict=True)
     ]
 
 

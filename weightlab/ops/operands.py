@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlab.adapters.reading import Network, is_adapter
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
-from weightlab.extract.adapter import adapter_patch
+from weightlab.extract.adapter import AdapterOptions, adapter_patch
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import network_in
 from weightlab.patches.patch import Patch, is_patch, open_patch
@@ -155,17 +155,20 @@ def base_of(
     return opened
 
 
-def open_patches(operands: PatchesLike, base: Base = no_base) -> list[Patch]:
+def open_patches(
+    operands: PatchesLike, base: Base = no_base, options: AdapterOptions = AdapterOptions()
+) -> list[Patch]:
     """Opens patches, each with its scale: that of the operand, else its own default. PEFT adapters are patches too.
 
     Args:
         base: what adapters go on.
+        options: how adapters are read, and what of them is wanted.
 
     Raises:
         MissingInputError, MalformedFileError, IntegrityError: see `open_patch`.
         UnsupportedFormatError, MisfitError, UsageError: see `adapter_patch`.
     """
-    return [_opened(operand, base) for operand in listed(operands)]
+    return [_opened(operand, base, options) for operand in listed(operands)]
 
 
 def listed(operands: PatchesLike) -> list[PatchLike]:
@@ -173,7 +176,7 @@ def listed(operands: PatchesLike) -> list[PatchLike]:
     return [operands] if isinstance(operands, str | os.PathLike | Patch) else list(operands)
 
 
-def _opened(operand: PatchLike, base: Base) -> Patch:
+def _opened(operand: PatchLike, base: Base, options: AdapterOptions) -> Patch:
     if isinstance(operand, Patch):
         return operand
     name, scale = parse_patch(os.fspath(operand))
@@ -182,7 +185,7 @@ def _opened(operand: PatchLike, base: Base) -> Patch:
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
     if is_adapter(path):
         with base() as (source, network):
-            patch = adapter_patch(path, source, network)
+            patch = adapter_patch(path, source, network, options)
     else:
         patch = open_patch(path)
     return patch if scale is None else patch.at(scale)
@@ -194,6 +197,14 @@ def names_patch(operand: PatchLike) -> bool:
         return True
     path = Path(parse_patch(os.fspath(operand))[0])
     return path.exists() and (is_patch(path) or is_adapter(path))
+
+
+def adapter_at(operand: PatchLike) -> Path | None:
+    """Where the adapter lies that an operand names; None for patches."""
+    if isinstance(operand, Patch):
+        return None
+    path = Path(parse_patch(os.fspath(operand))[0])
+    return path if is_adapter(path) else None
 
 
 def label_of(operand: PatchLike, patch: Patch) -> str:

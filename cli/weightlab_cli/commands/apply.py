@@ -18,6 +18,17 @@ from weightlab_cli.options import Common
 @options.include
 @options.exclude
 @options.renames("Rename prefixes of the patch's tensor names to the model's; may be repeated.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(["added"]),
+    help="Take tensors of an adapter that MODEL lacks, such as a head.",
+)
+@click.option(
+    "--experts-layout",
+    type=click.Choice(["peft", "unsloth"]),
+    help="How experts lie in an adapter's lora_B, where it does not say so.",
+)
 @options.key
 @options.links
 @options.allow_nonfinite

@@ -1,0 +1,204 @@
+"""LoRA's factors as changes: which way a weight lies, DoRA, embeddings, convolutions, parameters that are targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightlab.adapters.changes import Addition, Change, Dora, Product, Stacked
+from weightlab.adapters.config import AdapterConfig, ExpertsLayout
+from weightlab.adapters.keys import INNER
+from weightlab.errors import MalformedFileError, UsageError
+
+Shapes = Callable[[str], tuple[int, ...] | None]
+"""The shape that one of the network's tensors has in the model; None where the model has none, or is not known."""
+
+FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
+)
+
+
+@dataclass(slots=True)
+class LoraModules:
+    """All modules of an adapter, computed together: some say which way others lie.
+
+    Attributes:
+        network: asks for the network, which is made once; it may be None.
+        layout: how stacked experts are packed, where the user says it.
+        modules: {module, with a `.base_layer` for each wrapper inside another: {part: tensor}}.
+    """
+
+    label: str
+    config: AdapterConfig
+    network: Callable[[], Any]
+    shapes: Shapes
+    layout: ExpertsLayout | None
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _turned: dict[str, bool] = field(default_factory=dict)
+
+    def changes(self) -> dict[str, list[Change]]:
+        """{the network's name of a tensor: its changes}.
+
+        Raises:
+            MalformedFileError: lists factors that are missing or are no matrices that can be multiplied.
+            UsageError: which way matrices lie, what a factor is for, or how experts are packed cannot be told.
+        """
+        wrong = [f"{module}: {problem}" for module, parts in self.modules.items() if (problem := _problem(parts))]
+        wrong += [f"{m}: more parameters than target_parameters names" for m in self.modules if self._too_deep(m)]
+        if wrong:
+            raise MalformedFileError(f"{self.label}: its factors make no sense", "get the adapter again", wrong)
+        self._orient()
+        found: dict[str, list[Change]] = {}
+        for module, parts in self.modules.items():
+            for name, change in self._of(module, parts):
+                found.setdefault(name, []).append(change)
+        return found
+
+    def _of(self, module: str, parts: Mapping[str, Tensor]) -> list[tuple[str, Change]]:
+        owner = owner_of(module)
+        if "lora_embedding_A" in parts:
+            down, up = parts["lora_embedding_A"], parts["lora_embedding_B"]
+            product = Product(down.T.contiguous(), (up * self.config.scaling(owner, down.shape[0])).T.contiguous())
+            return [(f"{owner}.weight", _with_magnitude(product, parts, transposed=True))]
+        down, up = parts["lora_A.weight"], parts["lora_B.weight"]
+        targets = self.config.parameters_of(owner)
+        if targets:
+            return [self._parameter(module, owner, targets, down, up)]
+        scaling = self.config.scaling(owner, down.shape[0])
+        left, right = up.flatten(1) * scaling, down.flatten(1)
+        turned = self._turned.get(module, False)
+        product = Product(right.T.contiguous(), left.T.contiguous()) if turned else Product(left, right)
+        found: list[tuple[str, Change]] = [(self._weight(owner), _with_magnitude(product, parts, transposed=turned))]
+        if "lora_B.bias" in parts:
+            found.append((f"{owner}.bias", Addition(parts["lora_B.bias"] * scaling)))
+        return found
+
+    def _weight(self, owner: str) -> str:
+        """The tensor that a module's factors are for: `nn.MultiheadAttention` has its three projections in one."""
+        packed = f"{owner}.in_proj_weight"
+        return (
+            packed if self.shapes(f"{owner}.weight") is None and self.shapes(packed) is not None else f"{owner}.weight"
+        )
+
+    def _orient(self) -> None:
+        """Finds out which matrices lie [in, out]: peft decides it by module and keeps one flag for all of them."""
+        doubtful: dict[str, str] = {}
+        told: dict[str, bool] = {}
+        for module, parts in self.modules.items():
+            owner = owner_of(module)
+            if "lora_A.weight" not in parts or parts["lora_A.weight"].ndim != 2 or self.config.parameters_of(owner):
+                continue
+            sizes = (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1])
+            shape = self.shapes(self._weight(owner))
+            if shape is None or len(shape) != 2:
+                told_by_network = self._by_network(owner)
+                self._turned[module] = self.config.fan_in_fan_out if told_by_network is None else told_by_network
+            elif sizes[0] != sizes[1]:
+                self._turned[module] = told[module] = shape == sizes[::-1]
+            elif (lies := self._by_network(owner)) is not None:
+                self._turned[module] = lies
+            else:
+                self._turned[module] = self.config.fan_in_fan_out
+                doubtful[module] = f"{owner} {list(shape)}"
+        against = [f"{module}: lies {'[in, out]' if turned else '[out, in]'}" for module, turned in told.items()
+                   if turned != self.config.fan_in_fan_out]  # fmt: skip
+        nothing = not told and not self.config.says_orientation
+        if doubtful and (against or nothing):
+            why = (
+                f"fan_in_fan_out is {str(self.config.fan_in_fan_out).lower()}, and others lie the other way"
+                if against
+                else "fan_in_fan_out is not in adapter_config.json"
+            )
+            raise UsageError(
+                f"{self.label}: which way these square matrices lie is not known without the network: {why}",
+                "put it on a folder with the model's config.json (and install transformers)",
+                [*doubtful.values(), *against],
+            )
+
+    def _by_network(self, owner: str) -> bool | None:
+        """Whether the network's module has its weight as [in, out]; None where that is not known."""
+        module = submodule(self.network(), owner)
+        if type(module).__name__ == "Conv1D":
+            return True
+        return False if isinstance(module, nn.Linear | nn.MultiheadAttention) else None
+
+    def _too_deep(self, module: str) -> bool:
+        targets = self.config.parameters_of(owner_of(module))
+        return bool(targets) and module.removeprefix(owner_of(module)).count(INNER) >= len(targets)
+
+    def _parameter(self, module: str, owner: str, targets: list[str], down: Tensor, up: Tensor) -> tuple[str, Change]:
+        """peft wraps a module once for each of its parameters that is a target: the innermost is the module's first."""
+        inner = submodule(self.network(), owner)
+        if inner is not None:
+            targets = [name for name, _ in inner.named_parameters(recurse=False) if name in targets] or targets
+        elif len(targets) > 1:
+            raise UsageError(
+                f"{self.label}: which of {', '.join(targets)} a factor is for depends on the network",
+                "put it on a folder with the model's config.json",
+            )
+        depth = module.removeprefix(owner).count(INNER)
+        if depth >= len(targets):
+            raise MalformedFileError(
+                f"{self.label}: {module} has more factors than the network has parameters for", "give its own model"
+            )
+        name = targets[len(targets) - 1 - depth]
+        in_first = None if inner is None else bool(getattr(inner, "is_transposed", False))
+        whole = f"{owner}.{name}"
+        by_expert = self._packing(whole, name) == "unsloth"
+        return whole, Stacked(down, up, partial(self.config.scaling, whole), in_first, by_expert)
+
+    def _packing(self, whole: str, name: str) -> ExpertsLayout:
+        shape = self.shapes(whole)
+        if shape is not None and len(shape) != 3:
+            return "peft"
+        told = self.layout or self.config.experts_layouts.get(name) or self.config.experts_layout
+        if told is None and self.config.by_unsloth:
+            raise UsageError(
+                f"{self.label}: Unsloth made it, and it does not say how the experts lie in lora_B",
+                "pass --experts-layout unsloth for one that was trained by Unsloth's own kernels (before lora_B_layout "
+                "was written), --experts-layout peft for one that peft merges rightly",
+                [whole],
+            )
+        return told or "peft"
+
+
+def owner_of(module: str) -> str:
+    """A module's own name, without those of the wrappers that it has been put in."""
+    return ".".join(part for part in module.split(".") if part != INNER[1:])
+
+
+def submodule(network: Any, name: str) -> Any:
+    """A module of a network; None where there is no network, or it has none of that name."""
+    if network is None:
+        return None
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _problem(parts: Mapping[str, Tensor]) -> str:
+    """What is wrong with the factors of one module; empty when nothing is."""
+    names = ("lora_embedding_A", "lora_embedding_B") if _embeds(parts) else ("lora_A.weight", "lora_B.weight")
+    missing = [name for name in names if name not in parts]
+    if missing:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    down, up = (parts[name] for name in names)
+    shapes = f"{names[0]} is {list(down.shape)}, {names[1]} is {list(up.shape)}"
+    if down.ndim < 2 or up.ndim < 2 or not down.numel() or not up.numel():
+        return shapes
+    return "" if down.shape[0] == up.shape[1] else f"the ranks differ: {shapes}"
+
+
+def _embeds(parts: Mapping[str, Tensor]) -> bool:
+    return "lora_embedding_A" in parts or "lora_embedding_B" in parts
+
+
+def _with_magnitude(product: Product, parts: Mapping[str, Tensor], *, transposed: bool) -> Change:
+    magnitude = parts.get("lora_magnitude_vector")
+    return product if magnitude is None else Dora(product, magnitude, transposed)
