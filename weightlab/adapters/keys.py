@@ -36,13 +36,13 @@ def plain_keys(label: str, keys: Iterable[str], prefix: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, name in plain.items():
         saved, mine = _SAVED.fullmatch(name), own.fullmatch(name)
+        found[key] = name
         if saved:
             adapters.add(saved["adapter"])
-            name = f"{saved['module']}.{saved['own']}"
+            found[key] = f"{saved['module']}.{saved['own']}"
         elif mine and _is_adapters_name(mine["adapter"], mine["head"]):
             adapters.add(mine["adapter"])
-            name = mine["head"] + mine["tail"]
-        found[key] = name
+            found[key] = mine["head"] + mine["tail"]
     if len(adapters) > 1:
         raise UnsupportedFormatError(
             f"{label}: it holds {len(adapters)} adapters", "save them one by one", sorted(adapters)

@@ -92,7 +92,7 @@ class PeftModules:
                 f"{self.label}: adapters of the kind {self.config.kind} are computed by peft",
                 "pip install 'weightlab[peft]'",
             )
-        if self.kind.shared and not self.modules or self.kind.ordered:
+        if (self.kind.shared and not self.modules) or self.kind.ordered:
             self._order()
         return {module: ModuleFold(module, self.kind.changes, self) for module in self.modules}
 
@@ -239,7 +239,7 @@ class PeftModules:
 
     @contextmanager
     def _quietly(self, module: str) -> Iterator[None]:
-        """peft's own errors are about the adapter; its warnings are for those who train; its random numbers are its own.
+        """peft's errors are about the adapter, its warnings for those who train; its random numbers are its own.
 
         Raises:
             MalformedFileError: it cannot be done.

@@ -26,10 +26,10 @@ from weightlab.patches.writer import PatchWriter
 from weightlab.sources import Source
 from weightlab.version import __version__
 
+ALL_OF_IT = AdapterOptions()
 
-def adapter_patch(
-    folder: Path, base: Source | None, network: Network, options: AdapterOptions = AdapterOptions()
-) -> Patch:
+
+def adapter_patch(folder: Path, base: Source | None, network: Network, options: AdapterOptions = ALL_OF_IT) -> Patch:
     """Computes the patch that an adapter is, in temporary storage that lasts as long as the returned object.
 
     What the user should know of it is in the notes of its header.

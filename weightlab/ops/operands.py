@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlab.adapters.reading import Network, is_adapter
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
-from weightlab.extract.adapter import AdapterOptions, adapter_patch
+from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions, adapter_patch
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import network_in
 from weightlab.patches.patch import Patch, is_patch, open_patch
@@ -155,9 +155,7 @@ def base_of(
     return opened
 
 
-def open_patches(
-    operands: PatchesLike, base: Base = no_base, options: AdapterOptions = AdapterOptions()
-) -> list[Patch]:
+def open_patches(operands: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT) -> list[Patch]:
     """Opens patches, each with its scale: that of the operand, else its own default. PEFT adapters are patches too.
 
     Args:
