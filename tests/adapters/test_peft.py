@@ -62,6 +62,20 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+class Convolutions(nn.Module):
+    """Convolutions of one, two and three dimensions, and attention with its projections in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv1d(4, 6, 3), nn.Conv2d(6, 4, (1, 3)), nn.Conv3d(4, 2, 2)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+def untied_gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, tie_word_embeddings=False)
+    return transformers.GPT2LMHeadModel(config)
+
+
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
@@ -105,6 +119,17 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "trainable tokens, tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}),
     "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "dora, embedding": (llama, {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "dora, convolution": (resnet, {"target_modules": ["convolution"], "use_dora": True}),
+    "dora, rslora": (llama, {"target_modules": ["o_proj"], "use_dora": True, "use_rslora": True}),
+    "some layers": (llama, {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "Conv1D beside a Linear": (untied_gpt2, {"target_modules": ["attn.c_proj", "lm_head"]}),
+    "oblong Conv1D beside a Linear": (untied_gpt2, {"target_modules": ["c_attn", "mlp.c_fc", "lm_head"]}),
+    "dora, Conv1D beside a Linear": (untied_gpt2, {"target_modules": ["attn.c_proj", "lm_head"], "use_dora": True}),
+    "both ends of a tie, saved": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
     "dora, fan_in_fan_out": (gpt2, {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
 }
 
@@ -138,7 +163,7 @@ def test_what_is_written_is_what_peft_merges(tmp_path: Path, kind: str) -> None:
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == merged.keys() == clean.keys()
     for name, tensor in merged.items():
-        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6), name
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
     changed = {n for n, t in merged.items() if not torch.equal(t, clean[n])}
     assert changed and changed == {n for n, t in found.items() if not torch.equal(t, clean[n])}
 
@@ -158,3 +183,49 @@ def test_in_place_and_in_memory_it_is_the_same(tmp_path: Path, kind: str) -> Non
     with wl.patched(network, f"{adapter}@0.5"):
         state = {n: t.clone() for n, t in network.state_dict().items()}
     assert all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"two": 2}}, {"use_dora": True}])
+def test_convolutions_and_packed_attention_of_a_network_of_torch(tmp_path: Path, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    targets = ["one", "two", "three", *([] if "use_dora" in options else ["attention"])]
+    network = Convolutions()
+    clean = {n: t.clone() for n, t in network.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        configuration = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
+        model = peft.get_peft_model(network, configuration)
+        model.save_pretrained(tmp_path / "adapter")
+        merged = model.merge_and_unload().state_dict()
+    found = wl.apply(clean, tmp_path / "adapter")
+    assert found.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, clean[name])}
+    packed = {"attention.in_proj_weight", "attention.out_proj.weight"} if "attention" in targets else set()
+    assert changed == {"one.weight", "two.weight", "three.weight"} | packed
+
+
+@torch.no_grad()
+def test_both_ends_of_a_tie_count_once(tmp_path: Path) -> None:
+    """peft's merge adds the change of a tied weight at both ends; what it computes with before merging is right."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = tied_llama()
+        network.save_pretrained(tmp_path / "base")
+        configuration = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+        model = peft.get_peft_model(network, configuration).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(8)[None]
+    wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = model(input_ids=tokens).logits
+    assert torch.allclose(loaded(input_ids=tokens).logits, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_file(tmp_path / "base" / "model.safetensors").keys()
+    )

@@ -59,7 +59,7 @@ def test_without_transformers_names_are_the_files_own(base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "IA3"}, ("IA3", "merge_and_unload")),
+        ({"peft_type": "BONE"}, ("BONE", "merge_and_unload")),
         ({"init_lora_weights": "pissa_niter_4"}, ("pissa",)),
         ({"use_qalora": True, "layer_replication": [[0, 4]]}, ("use_qalora", "layer_replication")),
         ({"some_day": {"x": 1}}, ("some_day",)),

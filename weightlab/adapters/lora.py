@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightlab.adapters.changes import Addition, Change, Dora, Product, Stacked
 from weightlab.adapters.config import AdapterConfig, ExpertsLayout
 from weightlab.adapters.keys import INNER
+from weightlab.adapters.orientation import Matrix, Shapes, submodule, turned
 from weightlab.errors import MalformedFileError, UsageError
-
-Shapes = Callable[[str], tuple[int, ...] | None]
-"""The shape that one of the network's tensors has in the model; None where the model has none, or is not known."""
 
 FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
@@ -70,10 +68,12 @@ class LoraModules:
         if targets:
             return [self._parameter(module, owner, targets, down, up)]
         scaling = self.config.scaling(owner, down.shape[0])
+        if module.endswith(f"{INNER}.out_proj"):  # of nn.MultiheadAttention: peft adds it twice, in training too
+            scaling *= 2
         left, right = up.flatten(1) * scaling, down.flatten(1)
-        turned = self._turned.get(module, False)
-        product = Product(right.T.contiguous(), left.T.contiguous()) if turned else Product(left, right)
-        found: list[tuple[str, Change]] = [(self._weight(owner), _with_magnitude(product, parts, transposed=turned))]
+        lies = self._turned.get(module, False)
+        product = Product(right.T.contiguous(), left.T.contiguous()) if lies else Product(left, right)
+        found: list[tuple[str, Change]] = [(self._weight(owner), _with_magnitude(product, parts, transposed=lies))]
         if "lora_B.bias" in parts:
             found.append((f"{owner}.bias", Addition(parts["lora_B.bias"] * scaling)))
         return found
@@ -86,46 +86,13 @@ class LoraModules:
         )
 
     def _orient(self) -> None:
-        """Finds out which matrices lie [in, out]: peft decides it by module and keeps one flag for all of them."""
-        doubtful: dict[str, str] = {}
-        told: dict[str, bool] = {}
+        matrices: dict[str, Matrix] = {}
         for module, parts in self.modules.items():
             owner = owner_of(module)
-            if "lora_A.weight" not in parts or parts["lora_A.weight"].ndim != 2 or self.config.parameters_of(owner):
-                continue
-            sizes = (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1])
-            shape = self.shapes(self._weight(owner))
-            if shape is None or len(shape) != 2:
-                told_by_network = self._by_network(owner)
-                self._turned[module] = self.config.fan_in_fan_out if told_by_network is None else told_by_network
-            elif sizes[0] != sizes[1]:
-                self._turned[module] = told[module] = shape == sizes[::-1]
-            elif (lies := self._by_network(owner)) is not None:
-                self._turned[module] = lies
-            else:
-                self._turned[module] = self.config.fan_in_fan_out
-                doubtful[module] = f"{owner} {list(shape)}"
-        against = [f"{module}: lies {'[in, out]' if turned else '[out, in]'}" for module, turned in told.items()
-                   if turned != self.config.fan_in_fan_out]  # fmt: skip
-        nothing = not told and not self.config.says_orientation
-        if doubtful and (against or nothing):
-            why = (
-                f"fan_in_fan_out is {str(self.config.fan_in_fan_out).lower()}, and others lie the other way"
-                if against
-                else "fan_in_fan_out is not in adapter_config.json"
-            )
-            raise UsageError(
-                f"{self.label}: which way these square matrices lie is not known without the network: {why}",
-                "put it on a folder with the model's config.json (and install transformers)",
-                [*doubtful.values(), *against],
-            )
-
-    def _by_network(self, owner: str) -> bool | None:
-        """Whether the network's module has its weight as [in, out]; None where that is not known."""
-        module = submodule(self.network(), owner)
-        if type(module).__name__ == "Conv1D":
-            return True
-        return False if isinstance(module, nn.Linear | nn.MultiheadAttention) else None
+            if not _embeds(parts) and parts["lora_A.weight"].ndim == 2 and not self.config.parameters_of(owner):
+                outputs, inputs = parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]
+                matrices[module] = Matrix(owner, self._weight(owner), outputs, inputs)
+        self._turned = turned(self.label, self.config, matrices, self.shapes, self.network)
 
     def _too_deep(self, module: str) -> bool:
         targets = self.config.parameters_of(owner_of(module))
@@ -170,16 +137,6 @@ class LoraModules:
 def owner_of(module: str) -> str:
     """A module's own name, without those of the wrappers that it has been put in."""
     return ".".join(part for part in module.split(".") if part != INNER[1:])
-
-
-def submodule(network: Any, name: str) -> Any:
-    """A module of a network; None where there is no network, or it has none of that name."""
-    if network is None:
-        return None
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _problem(parts: Mapping[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weightlab.adapters.config import AdapterConfig, matched
 from weightlab.adapters.kinds import THROUGH_PEFT, PeftKind
-from weightlab.adapters.lora import submodule
+from weightlab.adapters.orientation import submodule
 from weightlab.errors import MalformedFileError, MisfitError, UnsupportedFormatError, UsageError, WeightlabError
 from weightlab.tensors.order import natural_key
 

@@ -16,7 +16,8 @@ from weightlab.adapters.config import CONFIG, AdapterConfig, ExpertsLayout, read
 from weightlab.adapters.files import companions_of, opened, weights_of
 from weightlab.adapters.keys import INNER, plain_keys
 from weightlab.adapters.kinds import THROUGH_PEFT
-from weightlab.adapters.lora import FACTOR, LoraModules, Shapes, owner_of
+from weightlab.adapters.lora import FACTOR, LoraModules, owner_of
+from weightlab.adapters.orientation import Shapes
 from weightlab.adapters.peft_layers import PeftModules
 from weightlab.errors import MalformedFileError
 from weightlab.sources import Source

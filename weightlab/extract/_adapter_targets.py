@@ -191,7 +191,11 @@ class _Fitting:
             return
         changes = [c for c in every if place.view is not None or not _is_there(c, self._base, spec)]
         shape = place.shape or spec.shape
-        self._wrong += [f"{place.stored} {list(spec.shape)}: {p}" for c in changes if (p := c.problem(shape))]
+        for change in changes:
+            problem = change.problem(shape)
+            self._wrong += [f"{place.stored} {list(spec.shape)}: {problem}"] if problem else []
+            if isinstance(change, Values) and not problem:  # what its factors are added to may have more rows
+                shape = tuple(change.values.shape)
         if place.tied and ends == 1 and any(isinstance(change, Values) for change in changes):
             self._missing.append(
                 f"{name}: new values, and the model has it as {place.stored} only, to which it is tied"
@@ -257,3 +261,11 @@ def other_base(adapter: Adapter, base: Source) -> str:
 
 def _last(name: str) -> str:
     return Path(name.rstrip("/")).name.removesuffix(".safetensors").lower()
+
+
+def additions(targets: Mapping[str, Target]) -> str:
+    """A line that names the tensors that are new to the model; empty where there are none."""
+    names = [name for name, target in targets.items() if target.before is None]
+    if not names:
+        return ""
+    return f"new to the model: {', '.join(names)}; its config.json still names a class that may not have them"

@@ -17,7 +17,7 @@ from weightlab.adapters.reading import Adapter, Network, read_adapter
 from weightlab.errors import NonFiniteError, UsageError
 from weightlab.extract._adapter_places import Places
 from weightlab.extract._adapter_targets import AdapterOptions as AdapterOptions
-from weightlab.extract._adapter_targets import Share, Target, other_base, renamed, targets_alone, targets_on
+from weightlab.extract._adapter_targets import Share, Target, additions, other_base, renamed, targets_alone, targets_on
 from weightlab.extract._added import bits_of
 from weightlab.files import disk
 from weightlab.patches.header import SCHEMA, Base, Created, Method, PatchHeader, Record, features_of
@@ -56,7 +56,7 @@ def adapter_patch(folder: Path, base: Source | None, network: Network, options: 
         adapter = read_adapter(folder, made, places.shape, options.experts_layout)
         renamed(adapter, options.renames)
         targets = targets_on(adapter, base, places, options)
-        adapter.notes += filter(None, [other_base(adapter, base)])
+        adapter.notes += filter(None, [other_base(adapter, base), additions(targets)])
     if not targets:
         raise UsageError(f"{adapter.label}: nothing of it is left to put on", "leave out fewer of its tensors")
     with disk.storage_errors(tempfile.gettempdir()):

@@ -12,22 +12,12 @@ from torch import Tensor
 from weightlab.adapters.config import ExpertsLayout
 from weightlab.errors import StackError, UsageError
 from weightlab.extract.adapter import AdapterOptions
+from weightlab.ops.entries import entries_of
 from weightlab.ops.grown import carry_vocabulary
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import (
-    Base,
-    ModelLike,
-    PatchesLike,
-    PathLike,
-    adapter_at,
-    base_of,
-    label_of,
-    listed,
-    open_patches,
-)
+from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, base_of, listed
 from weightlab.ops.outcome import Outcome, outcome_of
 from weightlab.ops.state_dict import patch_state_dict
-from weightlab.patches.fit import StackEntry
 from weightlab.stack.guards import On
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
@@ -117,7 +107,7 @@ def apply(
     base = base_of(model, key=key, wait=wait, resources=resources)
     added = "added" in patterns(allow)
     adapters = AdapterOptions(patterns(include), patterns(exclude), dict(renames or {}), added, experts_layout)
-    entries = _entries(patches, base, adapters)
+    entries = entries_of(patches, base, adapters)
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
@@ -136,19 +126,6 @@ def apply(
         entry.patch.header.notes for _, entry in entries if entry.patch.path is None and entry.patch.header.notes
     ]
     return done
-
-
-def _entries(patches: PatchesLike, base: Base, options: AdapterOptions) -> list[On]:
-    """Filters and renames are for patches as they lie there; of an adapter only what they leave became a patch."""
-    operands = listed(patches)
-    whole = (options.include, options.exclude, dict(options.renames))
-    return [
-        (
-            label_of(operand, patch),
-            StackEntry(patch, patch.exact_scale, *(whole if adapter_at(operand) is None else ((), (), {}))),
-        )
-        for operand, patch in zip(operands, open_patches(operands, base, options), strict=True)
-    ]
 
 
 def joined(model: PathLike, current: Sequence[On], new: Sequence[On]) -> list[On]:

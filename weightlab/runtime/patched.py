@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from weightlab.adapters.reading import Network
 from weightlab.errors import StackError
+from weightlab.extract.adapter import AdapterOptions
 from weightlab.networks.names import file_tensors
+from weightlab.ops.entries import entries_of
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PatchesLike, PatchLike, open_patches
 from weightlab.patches.compute import Offences, compute_tile, read_clean
@@ -59,7 +61,7 @@ class PatchStack:
         if module in _in_use:
             raise StackError("another stack of patches is on this module", "add to that one, or close it first")
         self._module = module
-        self._options = (patterns(include), patterns(exclude), dict(renames or {}))
+        self._options = AdapterOptions(patterns(include), patterns(exclude), dict(renames or {}))
         self._allow, self._resources = allow_nonfinite, resources or Resources()
         self._entries: list[StackEntry] = []
         self._clean: dict[str, Tensor] = {}
@@ -78,7 +80,7 @@ class PatchStack:
             StackError: one is on already; use `set`.
             MisfitError: they do not fit; everything is as before.
         """
-        new = [StackEntry(p, p.exact_scale, *self._options) for p in open_patches(patches, self._base)]
+        new = [entry for _, entry in entries_of(patches, self._base, self._options)]
         there = {e.patch.id for e in self._entries}
         twice = [e.patch.label for e in new if e.patch.id in there]
         if twice:
@@ -87,11 +89,11 @@ class PatchStack:
 
     def set(self, patch: PatchLike, scale: float) -> None:
         """Changes the strength of a patch that is on, or puts it on with that strength."""
-        (opened,) = open_patches([patch], self._base)
+        ((_, entry),) = entries_of([patch], self._base, self._options)
         new = round_scale(scale)
-        kept = [replace(e, scale=new) if e.patch.id == opened.id else e for e in self._entries]
-        if all(e.patch.id != opened.id for e in self._entries):
-            kept.append(StackEntry(opened, new, *self._options))
+        kept = [replace(e, scale=new) if e.patch.id == entry.patch.id else e for e in self._entries]
+        if all(e.patch.id != entry.patch.id for e in self._entries):
+            kept.append(replace(entry, scale=new))
         self._become(kept)
 
     def remove(self, patch: PatchLike) -> None:
@@ -100,7 +102,7 @@ class PatchStack:
         Raises:
             StackError: it is not on.
         """
-        (opened,) = open_patches([patch], self._base)
+        (opened,) = open_patches([patch], self._base, self._options)
         kept = [e for e in self._entries if e.patch.id != opened.id]
         if len(kept) == len(self._entries):
             raise StackError(f"{opened.label} is not on", "see `patches`", [p.label for p in self.patches])
