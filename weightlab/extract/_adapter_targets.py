@@ -75,6 +75,12 @@ class Target:
         return changes[0] if factors < self.after.numel else None
 
     @property
+    def values(self) -> Tensor:
+        """What a tensor that is added is."""
+        (values,) = [c.values for share in self.shares for c in share.changes if isinstance(c, Values)]
+        return values
+
+    @property
     def encoding(self) -> str:
         """How its change is stored; a tensor that is added has no difference, so its bits are."""
         if self.before is None:

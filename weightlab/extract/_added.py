@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from weightlab.encodings import ENCODINGS, Plan, Tile
+from weightlab.files.digest import tensor_hasher
 from weightlab.patches.layout import StoredTensor
+from weightlab.tensors.arithmetic import raw_bytes
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import tiles
 
@@ -33,6 +35,13 @@ def bits_of(spec: TensorSpec, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         tile = Tile(start, stop, torch.zeros_like(tuned), tuned, flat[start:stop])
         parts, _ = encoding.encode(plan, spec, tile)
         yield from parts.items()
+
+
+def digest_of(spec: TensorSpec, values: Tensor) -> str:
+    """The digest of the tensor that the values become."""
+    hasher = tensor_hasher(spec.dtype, spec.shape)
+    hasher.update(raw_bytes(values.to(spec.type.torch)))
+    return str(hasher.hexdigest())
 
 
 def _plan(spec: TensorSpec) -> Plan:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weightlab.adapters.changes import Change, Fold, Folded, Values
+from weightlab.adapters.changes import Change, Fold, Folded
 from weightlab.adapters.reading import Adapter, Network, read_adapter
 from weightlab.errors import NonFiniteError, UsageError
 from weightlab.extract._adapter_places import Places
 from weightlab.extract._adapter_targets import AdapterOptions as AdapterOptions
 from weightlab.extract._adapter_targets import Share, Target, additions, other_base, renamed, targets_alone, targets_on
-from weightlab.extract._added import bits_of
+from weightlab.extract._added import bits_of, digest_of
 from weightlab.files import disk
 from weightlab.patches.header import SCHEMA, Base, Created, Method, PatchHeader, Record, features_of
 from weightlab.patches.patch import Patch, open_patch
@@ -126,10 +126,7 @@ def _values(targets: Mapping[str, Target], computing: _Computing) -> Iterator[tu
     last: tuple[str, Tensor] | None = None
     for name, target in targets.items():
         if target.before is None:
-            (values,) = [
-                change.values for share in target.shares for change in share.changes if isinstance(change, Values)
-            ]
-            for part, bits in bits_of(target.after, values):
+            for part, bits in bits_of(target.after, target.values):
                 yield name, part, bits
             continue
         if target.product is not None:
@@ -158,6 +155,7 @@ def _record(target: Target) -> Record:
         parts={},
         base_shape=list(before.shape) if before is not None and before.shape != target.after.shape else None,
         added=before is None,
+        result_digest=digest_of(target.after, target.values) if before is None else None,
         parameters={} if target.product is None else {"rank": target.product.right.shape[0]},
     )
 

@@ -6,6 +6,7 @@ from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions
 from weightlab.ops.operands import Base, PatchesLike, adapter_at, label_of, listed, no_base, open_patches
 from weightlab.patches.fit import StackEntry
 from weightlab.stack.guards import On
+from weightlab.tensors.select import matches
 
 
 def entries_of(patches: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT) -> list[On]:
@@ -18,11 +19,22 @@ def entries_of(patches: PatchesLike, base: Base = no_base, options: AdapterOptio
         As `open_patches`.
     """
     operands = listed(patches)
+    opened = open_patches(operands, base, options)
     chosen = (options.include, options.exclude, dict(options.renames))
-    return [
-        (
-            label_of(operand, patch),
-            StackEntry(patch, patch.exact_scale, *(chosen if adapter_at(operand) is None else ((), (), {}))),
-        )
-        for operand, patch in zip(operands, open_patches(operands, base, options), strict=True)
-    ]
+    kept = _beside(base, options.exclude) if any(adapter_at(operand) for operand in operands) else ()
+    found: list[On] = []
+    for operand, patch in zip(operands, opened, strict=True):
+        filters = chosen
+        if adapter_at(operand) is not None:  # what is left: a copy of a tied tensor that would follow
+            filters = ((), tuple(e for e in kept if not any(matches(name, [e]) for name in patch.records)), {})
+        found.append((label_of(operand, patch), StackEntry(patch, patch.exact_scale, *filters)))
+    return found
+
+
+def _beside(base: Base, exclude: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns that name something of the model."""
+    if not exclude:
+        return ()
+    with base() as (source, _):
+        names = () if source is None else (*source.specs, *source.aliases)
+    return tuple(pattern for pattern in exclude if any(matches(name, [pattern]) for name in names))

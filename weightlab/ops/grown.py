@@ -42,16 +42,9 @@ def carry_vocabulary(
         MisfitError: lists embeddings and heads that would have different numbers of rows.
     """
     found = Grown()
-    folder = model_path(model)
-    rows = {
-        target: (record.base_shape[0], record.shape[0])
-        for _, entry in entries
-        for target, name in entry.targets().items()
-        if (record := entry.patch.records[name]).base_shape
-    }
-    has_config = folder.is_dir() and (folder / _CONFIG).is_file()
-    if rows and has_config:
-        _resize(folder, out, rows, found)
+    rows: dict[str, tuple[int, int]] = {}
+    if any(record.base_shape for _, entry in entries for record in entry.patch.records.values()):
+        rows = _grown_rows(model_path(model), out, entries, found)
     if out.name.endswith(".safetensors"):
         return found
     for operand in operands:
@@ -61,14 +54,33 @@ def carry_vocabulary(
     return found
 
 
-def _resize(folder: Path, out: Path, rows: Mapping[str, tuple[int, int]], found: Grown) -> None:
-    config = read_json(folder / _CONFIG, dict[str, Any])
+def _grown_rows(
+    folder: Path, out: Path, entries: Sequence[tuple[str, StackEntry]], found: Grown
+) -> dict[str, tuple[int, int]]:
+    """{tensor: (rows before, rows after)}; makes the configuration that says so."""
     source = open_source(folder)
     try:
-        vocabulary = [name for name in vocabulary_tensors(folder, source.specs) if source.specs[name].shape]
-        now = {name: source.specs[name].shape[0] for name in vocabulary}
+        rows = {
+            target: (record.base_shape[0], record.shape[0])
+            for _, entry in entries
+            for target, name in entry.targets(source.specs).items()
+            if (record := entry.patch.records[name]).base_shape
+        }
+        if rows and folder.is_dir() and (folder / _CONFIG).is_file():
+            vocabulary = [name for name in vocabulary_tensors(folder, source.specs) if source.specs[name].shape]
+            _resize(folder, out, rows, {name: source.specs[name].shape[0] for name in vocabulary}, found)
+        return rows
     finally:
         source.close()
+
+
+def _resize(folder: Path, out: Path, rows: Mapping[str, tuple[int, int]], now: Mapping[str, int], found: Grown) -> None:
+    """Puts the new size where the configuration has the old one.
+
+    Args:
+        now: {embedding or head: rows}.
+    """
+    config = read_json(folder / _CONFIG, dict[str, Any])
     sizes = {before for name, (before, _) in rows.items() if name in now}
     places = [place for place in _sizes(config) if place[_SIZE] in sizes]
     if not places:
