@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypedDict
+
+from pydantic import BaseModel
 
 from weightlab.errors import MalformedFileError, MissingInputError, UnsupportedFormatError
 from weightlab.files.foreign import plain_names, read_json
@@ -36,7 +37,7 @@ _NOT_FOLDED = {
 }
 
 
-class _Index(TypedDict):
+class _Index(BaseModel):
     weight_map: dict[str, str]
 
 
@@ -78,7 +79,7 @@ def weights_of(folder: Path) -> list[Path]:
     for name in _INDEXES:
         if (folder / name).is_file():
             index: _Index = read_json(folder / name, _Index)
-            shards = plain_names(sorted(set(index["weight_map"].values())), str(folder / name))
+            shards = plain_names(sorted(set(index.weight_map.values())), str(folder / name))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing or not shards:
                 raise MissingInputError(f"{folder / name}: shards are missing", "get the missing files", missing)
