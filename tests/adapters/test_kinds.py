@@ -47,6 +47,7 @@ def resnet() -> nn.Module:
 # Most of them go on one square and one oblong module.
 LINEAR = {"target_modules": ["q_proj", "down_proj"]}
 CONVOLUTION = {"target_modules": ["convolution"]}
+BLOCKS = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
 PATTERN = {"rank_pattern": {"down_proj": 2}}
 KINDS: dict[str, tuple[str, Make, dict[str, Any]]] = {
     "adalora": ("ADALORA", llama, {**LINEAR, "total_step": 10, "init_r": 4, "target_r": 2}),
@@ -105,6 +106,7 @@ KINDS: dict[str, tuple[str, Make, dict[str, Any]]] = {
     "vera": ("VERA", llama, {**LINEAR, "r": 8}),
     "vera, projections not saved": ("VERA", llama, {**LINEAR, "r": 8, "save_projection": False}),
     "waveft": ("WAVEFT", llama, {**LINEAR, "n_frequency": 20}),
+    "lora, bdlora": ("LORA", llama, {**LINEAR, "r": 4, "use_bdlora": BLOCKS}),
     "lora, monteclora": ("LORA", llama, {**LINEAR, "monteclora_config": "MontecloraConfig"}),
     "lora, velora": ("LORA", llama, {**LINEAR, "velora_config": "VeloraConfig"}),
     "lora, kasa": ("LORA", llama, {**LINEAR, "kasa_config": "KasaConfig"}),
@@ -122,6 +124,8 @@ def made(folder: Path, kind: str) -> tuple[Path, Path, dict[str, Tensor]]:
     name, make, options = KINDS[kind]
     torch.manual_seed(0)
     options = {k: getattr(peft, v)() if str(v).endswith("Config") else v for k, v in options.items()}
+    if "use_bdlora" in options:
+        options["use_bdlora"] = peft.tuners.lora.BdLoraConfig(**options["use_bdlora"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = make()
@@ -258,3 +262,38 @@ def test_settings_that_this_peft_does_not_know(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"some_day": 3, "never": None}))
     with pytest.raises(UnsupportedFormatError, match="some_day = 3"):
         wl.apply(base, adapter, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{"r": 10**9}, {"rank_pattern": {"down_proj": 10**9}}])
+def test_sizes_that_nothing_has_are_refused_before_room_is_made(tmp_path: Path, settings: dict[str, Any]) -> None:
+    base, adapter, _ = made(tmp_path, "loha")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(MalformedFileError, match="1000000000"):
+        wl.apply(base, adapter, out=tmp_path / "out")
+
+
+def test_a_head_and_a_base_without_one(tmp_path: Path) -> None:
+    """The network of the one has `model.` before its names, and that of the other not: both ways it fits."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = gpt2()
+        network.save_pretrained(tmp_path / "whole")
+        network.transformer.save_pretrained(tmp_path / "bare")
+        for name, owner in (("of whole", network), ("of bare", network.transformer)):
+            configuration = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], init_ia3_weights=False)
+            model = peft.get_peft_model(owner, configuration)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(torch.full_like(parameter, 1.5))
+            model.save_pretrained(tmp_path / name)
+            model.unload()
+    for base, adapter in (("whole", "of bare"), ("bare", "of whole")):
+        clean = load_file(tmp_path / base / "model.safetensors")
+        wl.apply(tmp_path / base, tmp_path / adapter, out=tmp_path / f"{adapter} out")
+        found = load_file(tmp_path / f"{adapter} out" / "model.safetensors")
+        changed = {name for name in found if not torch.equal(found[name], clean[name])}
+        assert changed == {name for name in found if "c_attn.weight" in name} and len(changed) == 2
+        assert all(torch.allclose(found[name], 1.5 * clean[name]) for name in changed)

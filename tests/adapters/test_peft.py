@@ -96,6 +96,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "convolution": (resnet, {"target_modules": ["convolution"]}),
     "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "one of the experts' parameters": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS[:1]}),
+    "whole experts": (mixtral, {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "experts with patterns": (
         mixtral,
         {

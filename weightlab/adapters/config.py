@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightlab.adapters.kinds import refuse_kind
-from weightlab.errors import MalformedFileError, UnsupportedFormatError
-from weightlab.files.foreign import read_json, validated
+from weightlab.errors import InputError, MalformedFileError, UnsupportedFormatError
+from weightlab.files.foreign import read_bytes, read_json, validated
 
 CONFIG = "adapter_config.json"
 
@@ -116,7 +116,7 @@ class AdapterConfig:
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B·A for a module (rsLoRA: arXiv 2312.03732)."""
-        alpha = matched(self.alphas, module, self.alpha)
+        alpha: float = matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def parameters_of(self, module: str) -> list[str]:
@@ -197,9 +197,8 @@ def _unsloth_made(folder: Path, tree: Mapping[str, Any]) -> bool:
     if str(tree.get("base_model_name_or_path")).lower().startswith("unsloth/"):
         return True
     try:
-        with (folder / "README.md").open("rb") as file:
-            return b"unsloth" in file.read(2**16).lower()
-    except OSError:  # no card
+        return b"unsloth" in read_bytes(folder / "README.md", limit=2**20).lower()
+    except InputError:  # no card
         return False
 
 

@@ -127,8 +127,8 @@ class LoraModules:
         if told is None and self.config.by_unsloth:
             raise UsageError(
                 f"{self.label}: Unsloth made it, and it does not say how the experts lie in lora_B",
-                "pass --experts-layout unsloth for one that was trained by Unsloth's own kernels (before lora_B_layout "
-                "was written), --experts-layout peft for one that peft merges rightly",
+                "put it on with `weightlab apply --experts-layout unsloth` if Unsloth's own kernels trained it (and it "
+                "wrote no lora_B_layout yet), with --experts-layout peft if peft merges it rightly",
                 [whole],
             )
         return told or "peft"

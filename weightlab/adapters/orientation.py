@@ -71,13 +71,18 @@ def turned(
 
 
 def submodule(network: Any, name: str) -> Any:
-    """A module of a network; None where there is no network, or it has none of that name."""
-    if network is None:
+    """A module of a network, also where only one of the names begins as with a head; None: there is none."""
+    if network is None or not name:
         return None
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        return None
+    parts = name.split(".")
+    names = [".".join(parts[start:]) for start in range(len(parts))]
+    head = getattr(network, "base_model_prefix", "")
+    for candidate in (name, *([f"{head}.{name}"] if isinstance(head, str) and head else []), *names[1:-1]):
+        try:
+            return network.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
 
 
 def _by_network(network: Any, name: str) -> bool | None:

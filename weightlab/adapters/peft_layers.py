@@ -36,8 +36,20 @@ _DROPPED = frozenset(
         *("layers_to_transform", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
         *("revision", "runtime_config", "runtime_offload_base_weight", "target_modules", "target_parameters"),
         *("task_type", "trainable_token_indices", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+        *("unsloth_fixed", "enable_lora", "merge_weights"),
     )
 )
+
+
+# Settings that a parameter's size comes from: no large one is larger than every dimension of the adapter's tensors.
+_SIZES = frozenset(
+    (
+        *("r", "init_r", "target_r", "n_frequency", "num_vectors", "vector_length", "theta_d_length", "u", "mini_r"),
+        *("effective_rank", "hybrid_r", "gralora_k", "num_subspaces", "subspace_rank", "topk", "nblocks"),
+    )
+)
+_SMALL = 4096
+_ANY_SIZE = "LOKR"  # whose ranks may be huge: it takes whole matrices then
 
 
 @dataclass(slots=True)
@@ -189,7 +201,9 @@ class PeftModules:
         """
         from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-        made = PeftModel(_network(layers), self._configured(list(layers)), _ADAPTER)
+        configuration = self._configured(list(layers))
+        self._check_sizes(configuration)
+        made = PeftModel(_network(layers), configuration, _ADAPTER)
         expected = get_peft_model_state_dict(made, save_embedding_layers=False)
         missing = [key for key in expected if key not in state]
         over = [key for key in state if key not in expected]
@@ -210,7 +224,11 @@ class PeftModules:
         """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        kind_of: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.config.kind]  # type: ignore[index]
+        kind_of: Any = dict[str, Any](PEFT_TYPE_TO_CONFIG_MAPPING).get(self.config.kind)
+        if kind_of is None:
+            raise UnsupportedFormatError(
+                f"{self.label}: the peft that is installed does not know {self.config.kind}", "pip install -U peft"
+            )
         known = {part.name for part in dataclasses.fields(kind_of)} | set(inspect.signature(kind_of).parameters)
         given = {name: value for name, value in self.config.settings.items() if name not in _DROPPED}
         unknown = [f"{name} = {str(value)[:80]}" for name, value in given.items() if name not in known and value]
@@ -228,6 +246,28 @@ class PeftModules:
             listed = given["feedforward_modules"] or []
             given["feedforward_modules"] = [m for m in modules if _listed(m, listed)]
         return kind_of(target_modules=modules, **given)
+
+    def _check_sizes(self, configuration: Any) -> None:
+        """Before peft makes room for it.
+
+        Raises:
+            MalformedFileError: lists settings that are larger than anything in the adapter.
+        """
+        if self.config.kind == _ANY_SIZE:
+            return
+        tensors = [*self.shared.values(), *(t for own in self.modules.values() for t in own.values())]
+        largest = max(_SMALL, *(size for tensor in tensors for size in tensor.shape))
+        found: dict[str, Any] = {name: getattr(configuration, name, None) for name in sorted(_SIZES)}
+        for name, value in vars(configuration).items():
+            if name.endswith("_pattern") and isinstance(value, dict):
+                found |= {f"{name}.{module}": size for module, size in value.items()}
+        wrong = [f"{n} = {v}" for n, v in found.items() if isinstance(v, int | float) and not -1 <= v <= largest]
+        if wrong:
+            raise MalformedFileError(
+                f"{self.label}: its settings are larger than any of its tensors",
+                "get the adapter again",
+                wrong,
+            )
 
     def _own_pattern(self, modules: list[str], pattern: Mapping[str, Any]) -> dict[str, Any]:
         """What a pattern says of these modules, under their very names."""
@@ -320,7 +360,8 @@ def _made_of(tensors: Mapping[str, Tensor], *, turned: bool) -> nn.Module:
         if len(shape) == 2 and turned:
             from transformers.pytorch_utils import Conv1D
 
-            layer: nn.Module = Conv1D(shape[1], shape[0])
+            kind: Any = Conv1D
+            layer: nn.Module = kind(shape[1], shape[0])
             return layer
         if len(shape) == 2:
             return nn.Linear(shape[1], shape[0], bias=bias)

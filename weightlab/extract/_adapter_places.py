@@ -38,6 +38,7 @@ class Places:
         self._stored = {**{name: name for name in base.specs}, **base.aliases}
         self._network = network
         self._made: Any = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._views: dict[str, list[tuple[str, Tensor]]] = {}
         self._tied: dict[str, str] = {}
         self._inner: dict[str, list[str]] = {}  # names without their first part
@@ -52,7 +53,7 @@ class Places:
         self._make()
         views = self._views.get(name, [])
         if views and all(file in self._stored for file, _ in views):
-            shape = tuple(self._made.state_dict(keep_vars=True)[name].shape)
+            shape = self._shapes[name]
             whole = [tuple(view.shape) == shape and view.is_contiguous() for _, view in views]
             return [
                 Place(self._stored[file], shape, None if all_of_it else view)
@@ -93,6 +94,7 @@ class Places:
         if self._made is not None:
             return
         self._made = self._network() or torch.nn.Module()
+        self._shapes = {name: tuple(t.shape) for name, t in self._made.state_dict(keep_vars=True).items()}
         for file, (owner, view) in file_views(self._made).items():
             self._views.setdefault(owner, []).append((file, view))
         every = list(self._made.named_parameters(remove_duplicate=False))

@@ -199,6 +199,8 @@ class _Fitting:
         shape = place.shape or spec.shape
         for change in changes:
             problem = change.problem(shape)
+            if place.view is not None and isinstance(change, Values) and tuple(change.values.shape) != shape:
+                problem = f"its values are {list(change.values.shape)}, and the files have {name} in parts"
             self._wrong += [f"{place.stored} {list(spec.shape)}: {problem}"] if problem else []
             if isinstance(change, Values) and not problem:  # what its factors are added to may have more rows
                 shape = tuple(change.values.shape)

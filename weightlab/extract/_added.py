@@ -45,7 +45,9 @@ def digest_of(spec: TensorSpec, values: Tensor) -> str:
 
 
 def _plan(spec: TensorSpec) -> Plan:
-    return ENCODINGS.get(ENCODING).prepare(_Whole(spec), {}, _NoSpool())
+    plan = ENCODINGS.get(ENCODING).prepare(_Whole(spec), {}, _NoSpool())
+    assert plan is not None
+    return plan
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from weightlab.networks.vocabulary import vocabulary_tensors
 from weightlab.ops.alike import Names, clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.carried import Carried, carried
 from weightlab.ops.connectivity import Connectivity, connectivity
+from weightlab.ops.grown import carry_vocabulary
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, base_of, model_path, open_patches
 from weightlab.ops.outcome import Outcome
@@ -132,6 +133,9 @@ def _adapter(paths: list[Path], out: Path, scale: float, options: ChangeOptions)
     opening = base_of(paths[0], wait=options.wait, resources=options.resources)
     (patch,) = open_patches(paths[1], opening)
     beside = _beside(paths, out, None)
+    grown = carry_vocabulary(paths[2], out, [(patch.label, StackEntry(patch, round_scale(scale)))], [paths[1]])
+    beside.files |= grown.files
+    beside.fields += grown.notes
     return _written(paths[2], out, patch, scale, beside, options)
 
 
