@@ -77,6 +77,26 @@ def test_saved_modules_with_the_adapters_name(tmp_path: Path) -> None:
     assert torch.equal(found["norm.weight"], torch.full((3,), 2.0))
 
 
+def test_modules_that_peft_saves_twice(tmp_path: Path) -> None:
+    saved = {"norm.modules_to_save.weight": torch.full((3,), 2.0), "norm.weight": torch.full((3,), 2.0)}
+    found = wl.apply(base(), adapter(tmp_path / "a", {**FACTORS, **saved}))
+    assert torch.equal(found["norm.weight"], torch.full((3,), 2.0))
+    other = adapter(tmp_path / "b", {**FACTORS, **saved, "norm.weight": torch.full((3,), 3.0)})
+    with pytest.raises(MalformedFileError, match="twice") as caught:
+        wl.apply(base(), other)
+    assert len(caught.value.offenders) == 1
+
+
+def test_saved_modules_of_several_layers(tmp_path: Path) -> None:
+    model = base() | {"head.dense.weight": torch.zeros(2, 2), "head.out.weight": torch.zeros(1, 2)}
+    saved = {
+        "head.modules_to_save.ours.dense.weight": torch.ones(2, 2),
+        "head.modules_to_save.ours.out.weight": torch.ones(1, 2),
+    }
+    found = wl.apply(model, adapter(tmp_path / "a", {**FACTORS, **saved}))
+    assert bool((found["head.dense.weight"] == 1).all()) and bool((found["head.out.weight"] == 1).all())
+
+
 def test_several_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = {f"layer.lora_{k}.{name}.weight": t for k, t in (("A", A), ("B", B)) for name in ("one", "two")}
     with pytest.raises(UnsupportedFormatError, match="2 adapters") as caught:

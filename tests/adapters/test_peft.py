@@ -230,3 +230,36 @@ def test_both_ends_of_a_tie_count_once(tmp_path: Path) -> None:
         load_file(tmp_path / "out" / "model.safetensors").keys()
         == load_file(tmp_path / "base" / "model.safetensors").keys()
     )
+
+
+RESIZED: dict[str, dict[str, Any]] = {
+    "trained tokens": {"trainable_token_indices": [40, 41, 42]},
+    "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora, tied": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+def test_a_vocabulary_that_was_resized(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    make: Callable[[], nn.Module] = tied_llama if "tied" in kind else llama
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make().save_pretrained(tmp_path / "base")
+        network = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        network.resize_token_embeddings(43)
+        options = {"target_modules": ["q_proj"], **RESIZED[kind]}
+        configuration = peft.LoraConfig(r=4, base_model_name_or_path=str(tmp_path / "base"), **options)
+        model = peft.get_peft_model(network, configuration)
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / "adapter")
+        merged = model.merge_and_unload().state_dict()
+    wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert loaded["model.embed_tokens.weight"].shape == (43, 16) and loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(loaded[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name

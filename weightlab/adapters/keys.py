@@ -10,7 +10,7 @@ from weightlab.errors import MalformedFileError, UnsupportedFormatError
 PREFIX = "base_model.model."
 INNER = ".base_layer"
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<own>[^.]+(\.[^.]+)*)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.((?P<adapter>[^.]+)\.)?(?P<own>.+)")
 _ORIGINAL = ".original_module."
 _FACTORS = (".lora_A", ".lora_B", ".lora_E", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 
@@ -21,8 +21,10 @@ def plain_keys(label: str, keys: Iterable[str], prefix: str) -> dict[str, str]:
     Args:
         prefix: what the names of the adapter's own parameters begin with, such as `lora_`.
 
+    peft saves some modules twice, as `lm_head.weight` and as `lm_head.modules_to_save.weight`: these have one name.
+
     Raises:
-        MalformedFileError: two keys become one.
+        MalformedFileError: other keys become one.
         UnsupportedFormatError: it holds adapters of several names.
     """
     plain = {key: _unwrapped(key) for key in keys if _ORIGINAL not in key}
@@ -38,7 +40,7 @@ def plain_keys(label: str, keys: Iterable[str], prefix: str) -> dict[str, str]:
         saved, mine = _SAVED.fullmatch(name), own.fullmatch(name)
         found[key] = name
         if saved:
-            adapters.add(saved["adapter"])
+            adapters.update([saved["adapter"]] if saved["adapter"] else [])
             found[key] = f"{saved['module']}.{saved['own']}"
         elif mine and _is_adapters_name(mine["adapter"], mine["head"]):
             adapters.add(mine["adapter"])
@@ -48,7 +50,11 @@ def plain_keys(label: str, keys: Iterable[str], prefix: str) -> dict[str, str]:
             f"{label}: it holds {len(adapters)} adapters", "save them one by one", sorted(adapters)
         )
     seen: dict[str, str] = {}
-    twice = [f"{key} and {seen[name]}" for key, name in found.items() if seen.setdefault(name, key) != key]
+    twice = [
+        f"{key} and {seen[name]}"
+        for key, name in found.items()
+        if seen.setdefault(name, key) != key and not any(_SAVED.fullmatch(plain[k]) for k in (key, seen[name]))
+    ]
     if twice:
         raise MalformedFileError(f"{label}: these keys are for one tensor", "get the adapter again", twice)
     return found

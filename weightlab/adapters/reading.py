@@ -116,7 +116,8 @@ def _tensors(folder: Path, config: AdapterConfig) -> list[tuple[str, Tensor, str
     """(plain key, tensor as it is stored, its dtype) of all files.
 
     Raises:
-        MalformedFileError: lists tensors without elements, which ZeRO-3 leaves of what it has scattered.
+        MalformedFileError: lists tensors without elements, which ZeRO-3 leaves of what it has scattered; or tensors
+            that are there twice with other values.
     """
     prefix = THROUGH_PEFT[config.kind].prefix if config.through_peft else "lora_"
     with opened([*weights_of(folder), *companions_of(folder)]) as owners:
@@ -126,7 +127,18 @@ def _tensors(folder: Path, config: AdapterConfig) -> list[tuple[str, Tensor, str
                  if not owners[key].specs[name].numel]  # fmt: skip
         if empty:
             raise MalformedFileError(f"{folder}: {len(empty)} of its tensors have no elements", _EMPTIED, empty)
-        return [(plain[key], whole(owners[key], name), owners[key].specs[name].dtype) for key, name in stored.items()]
+        found: dict[str, tuple[str, Tensor, str]] = {}
+        differ: list[str] = []
+        for key, name in stored.items():
+            tensor = whole(owners[key], name)
+            first = found.setdefault(plain[key], (plain[key], tensor, owners[key].specs[name].dtype))
+            same = first[1] is tensor or torch.equal(first[1], tensor)
+            differ += [] if same else [f"{key}: other values than under {plain[key]}"]
+    if differ:
+        raise MalformedFileError(
+            f"{folder}: tensors are there twice, with other values", "get the adapter again", differ
+        )
+    return list(found.values())
 
 
 def whole(source: Source, name: str) -> Tensor:
