@@ -184,6 +184,11 @@ key = click.option(
 wait = click.option(
     "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait for another process to finish."
 )
+experts_layout = click.option(
+    "--experts-layout",
+    type=click.Choice(["peft", "unsloth"]),
+    help="How stacked experts lie in an adapter's lora_B, where it does not say so.",
+)
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity as they are.")
 links = click.option(
     "--links",

@@ -40,7 +40,7 @@ class Adapter:
 
     Attributes:
         changes: {the network's name of a tensor: what is done to it, in order}.
-        notes: what the user should know of it.
+        notes: what the user should know of it, without its name.
     """
 
     label: str
@@ -108,7 +108,7 @@ def read_adapter(
         changes.sort(key=lambda change: not isinstance(change, Values))
     every = [change for changes in adapter.changes.values() for change in changes]
     if all(isinstance(change, Product) and not bool(change.left.any() and change.right.any()) for change in every):
-        adapter.notes.append(f"{label} changes nothing: a factor of each product is zero")
+        adapter.notes.append("changes nothing: a factor of each product is zero")
     return adapter
 
 

@@ -264,7 +264,8 @@ def other_base(adapter: Adapter, base: Source) -> str:
     names = [str(name) for name in (config.get("_name_or_path"), folder.resolve().name, path.name) if name]
     if _last(trained_on) in map(_last, names):
         return ""
-    return f"{adapter.label} was trained on {trained_on[:200]}, and is put on {base.label}"
+    shown = trained_on if adapter.config.base_name else Path(trained_on).name
+    return f"was trained on {shown[:200]}, and this model goes by another name"
 
 
 def _last(name: str) -> str:

@@ -123,7 +123,9 @@ def apply(
         done = write_out(model, Path(out), lambda on: joined(model, on, entries), key, options, grown.files)
         done.notes += grown.notes
     done.notes += [
-        entry.patch.header.notes for _, entry in entries if entry.patch.path is None and entry.patch.header.notes
+        f"{name}: {entry.patch.header.notes}"
+        for name, entry in entries
+        if entry.patch.path is None and entry.patch.header.notes
     ]
     return done
 

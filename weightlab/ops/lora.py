@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from weightlab.adapters.config import ExpertsLayout
 from weightlab.errors import UsageError
+from weightlab.extract.adapter import AdapterOptions
 from weightlab.files.atomic import refuse_existing
 from weightlab.networks.layout import layout_of
 from weightlab.networks.made import network_in
@@ -134,6 +136,7 @@ def lora_import(
     out: PathLike,
     *,
     base: PathLike | None = None,
+    experts_layout: ExpertsLayout | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
 ) -> Patch:
@@ -142,6 +145,8 @@ def lora_import(
     Args:
         base: the model it is for; needed where it holds values (`modules_to_save`, biases, trained tokens), and where
             names or shapes of the files are other than the network's.
+        experts_layout: how stacked experts lie in `lora_B`, where the adapter does not say so.
     """
-    (patch,) = open_patches(adapter, base_of(base, wait=wait, resources=resources))
+    options = AdapterOptions(experts_layout=experts_layout)
+    (patch,) = open_patches(adapter, base_of(base, wait=wait, resources=resources), options)
     return patch.save(out)

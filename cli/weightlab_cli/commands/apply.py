@@ -24,11 +24,7 @@ from weightlab_cli.options import Common
     type=click.Choice(["added"]),
     help="Take tensors of an adapter that MODEL lacks, such as a head.",
 )
-@click.option(
-    "--experts-layout",
-    type=click.Choice(["peft", "unsloth"]),
-    help="How experts lie in an adapter's lora_B, where it does not say so.",
-)
+@options.experts_layout
 @options.key
 @options.links
 @options.allow_nonfinite
@@ -40,12 +36,14 @@ def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any)
 
     Every touched tensor becomes round(clean + sum of scale × delta), computed from its clean bytes. Several patches may
     be on at a time; their order does not matter. A negative scale takes a behaviour away. Without a patch, --out gets a
-    copy of the model as safetensors.
+    copy of the model as safetensors. PEFT adapters are patches too; where one has more tokens than the model, its
+    tokenizer comes along.
 
     \b
     Example:
       weightlab apply model/ math.safetensors --in-place
       weightlab apply model/ math.safetensors@0.7 chat.safetensors@-0.2 -o mixed/
+      weightlab apply model/ adapter/ -o classifier/ --allow added
       weightlab apply pytorch_model.bin -o model.safetensors
     """
     import weightlab as wl

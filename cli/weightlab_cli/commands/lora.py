@@ -92,11 +92,12 @@ def export(common: Common, out: Path, dry_run: bool, patch: str, model: str, **c
 @click.argument("adapter", type=options.operand)
 @click.argument("base", type=options.operand, required=False)
 @options.out("The patch: NAME.safetensors, or a folder.", required=True)
+@options.experts_layout
 @options.dry_run(options.DRY_MADE)
 @options.wait
 @options.common
-def import_(common: Common, out: Path, dry_run: bool, adapter: str, base: str | None, wait: float) -> None:
-    """Write a LoRA adapter as a patch; BASE is needed where the adapter holds values, and where names differ.
+def import_(common: Common, out: Path, dry_run: bool, adapter: str, base: str | None, **chosen: Any) -> None:
+    """Write a PEFT adapter as a patch; BASE is needed where the adapter holds values, and where names differ.
 
     \b
     Example:
@@ -107,6 +108,6 @@ def import_(common: Common, out: Path, dry_run: bool, adapter: str, base: str | 
     from weightlab_cli.reports import show_patch
 
     with common.resources() as resources, options.destination(out, dry_run) as place:
-        patch = wl.lora_import(adapter, place, base=base, wait=wait, resources=resources)
+        patch = wl.lora_import(adapter, place, base=base, resources=resources, **chosen)
         found = inspect(patch, norms=False)
     show_patch(common.output, str(out), found, resources, dry_run=dry_run)
