@@ -182,6 +182,21 @@ def test_what_zero_3_emptied_is_refused(tmp_path: Path, kind: str) -> None:
     assert "ZeRO-3" in caught.value.remedy
 
 
+def test_values_that_the_model_has_change_nothing(tmp_path: Path) -> None:
+    model = tmp_path / "base.safetensors"
+    save_file(base(), model)
+    folder = adapter(tmp_path / "a", {"norm.weight": torch.ones(3)})
+    done = wl.apply(model, folder, out=tmp_path / "out.safetensors")
+    assert any("changes nothing" in note for note in done.notes)
+    assert (tmp_path / "out.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_a_key_without_end(tmp_path: Path) -> None:
+    name = "a." + "lora_" * 20_000
+    with pytest.raises(MalformedFileError, match="such a name"):
+        wl.apply(base(), adapter(tmp_path / "a", {**FACTORS, name: torch.ones(3)}))
+
+
 def notes(folder: Path, model: Path, out: Path) -> list[str]:
     return wl.apply(model, folder, out=out).notes
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import weightlab as wl
 from weightlab.adapters.kinds import NOT_FOLDED, OWN, THROUGH_PEFT
-from weightlab.errors import MalformedFileError, UnsupportedFormatError, UsageError
+from weightlab.errors import MalformedFileError, MisfitError, UnsupportedFormatError, UsageError
 
 transformers = pytest.importorskip("transformers", reason="transformers is in the extra lm")
 peft = pytest.importorskip("peft", reason="peft is an extra")
@@ -250,7 +250,7 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape(tmp_path: Path) ->
         wl.apply(base, adapter, out=tmp_path / "out")
     assert any(f"{key}x: unknown" == line for line in caught.value.offenders)
     save_file(tensors | {key: torch.zeros(15, 2)}, file)
-    with pytest.raises(MalformedFileError, match="LOHA") as caught:
+    with pytest.raises(MisfitError, match="LOHA") as caught:
         wl.apply(base, adapter, out=tmp_path / "out")
     assert caught.value.offenders == ("model.layers.0.mlp.down_proj",)
     assert not (tmp_path / "out").exists()
@@ -278,7 +278,7 @@ def test_a_head_and_a_base_without_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = gpt2()
+        network: Any = gpt2()
         network.save_pretrained(tmp_path / "whole")
         network.transformer.save_pretrained(tmp_path / "bare")
         for name, owner in (("of whole", network), ("of bare", network.transformer)):

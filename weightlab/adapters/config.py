@@ -180,8 +180,8 @@ def _refuse_options(folder: Path, tree: Mapping[str, Any], kind: str) -> None:
 
 def _check_patterns(path: Path, tree: Mapping[str, Any]) -> None:
     wrong: list[str] = []
-    for name in ("alpha_pattern", "rank_pattern"):
-        for key in tree[name] if isinstance(tree.get(name), dict) else ():
+    for name, patterns in tree.items():
+        for key in patterns if name.endswith("_pattern") and isinstance(patterns, dict) else ():
             try:
                 re.compile(rf"(.*\.)?({key})$")
             except (re.error, OverflowError, RecursionError) as error:

@@ -11,6 +11,7 @@ PREFIX = "base_model.model."
 INNER = ".base_layer"
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.((?P<adapter>[^.]+)\.)?(?P<own>.+)")
+_LONGEST = 2000
 _ORIGINAL = ".original_module."
 _FACTORS = (".lora_A", ".lora_B", ".lora_E", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 
@@ -24,10 +25,13 @@ def plain_keys(label: str, keys: Iterable[str], prefix: str) -> dict[str, str]:
     peft saves some modules twice, as `lm_head.weight` and as `lm_head.modules_to_save.weight`: these have one name.
 
     Raises:
-        MalformedFileError: other keys become one.
+        MalformedFileError: other keys become one; or a key is longer than names of modules are.
         UnsupportedFormatError: it holds adapters of several names.
     """
     plain = {key: _unwrapped(key) for key in keys if _ORIGINAL not in key}
+    endless = [f"{key[:60]}…: {len(key):,} characters" for key in plain if len(key) > _LONGEST]
+    if endless:
+        raise MalformedFileError(f"{label}: no module has such a name", "do not use this file", endless)
     inside = [name for name in plain.values() if not name.startswith("base_model.")]
     if inside and all(name.startswith("module.") for name in inside):  # DeepSpeed, DistributedDataParallel
         plain = {key: name.removeprefix("module.") for key, name in plain.items()}

@@ -8,8 +8,6 @@ without memory, so that there is one module's weight in memory at a time.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,35 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightlab.adapters.config import AdapterConfig, matched
+from weightlab.adapters.config import AdapterConfig
 from weightlab.adapters.kinds import THROUGH_PEFT, PeftKind
 from weightlab.adapters.orientation import submodule
+from weightlab.adapters.peft_settings import peft_configuration
 from weightlab.errors import MalformedFileError, MisfitError, UnsupportedFormatError, UsageError, WeightlabError
 from weightlab.tensors.order import natural_key
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
-# How modules were chosen, what else is saved, where it ran: the keys of the file say the one, others read the rest.
-_DROPPED = frozenset(
-    (
-        *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern"),
-        *("layers_to_transform", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
-        *("revision", "runtime_config", "runtime_offload_base_weight", "target_modules", "target_parameters"),
-        *("task_type", "trainable_token_indices", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
-        *("unsloth_fixed", "enable_lora", "merge_weights"),
-    )
-)
-
-
-# Settings that a parameter's size comes from: no large one is larger than every dimension of the adapter's tensors.
-_SIZES = frozenset(
-    (
-        *("r", "init_r", "target_r", "n_frequency", "num_vectors", "vector_length", "theta_d_length", "u", "mini_r"),
-        *("effective_rank", "hybrid_r", "gralora_k", "num_subspaces", "subspace_rank", "topk", "nblocks"),
-    )
-)
-_SMALL = 4096
-_ANY_SIZE = "LOKR"  # whose ranks may be huge: it takes whole matrices then
 
 
 @dataclass(slots=True)
@@ -201,8 +179,9 @@ class PeftModules:
         """
         from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-        configuration = self._configured(list(layers))
-        self._check_sizes(configuration)
+        own = (tensor for module in self.modules.values() for tensor in module.values())
+        sizes = [size for tensor in (*self.shared.values(), *own) for size in tensor.shape]
+        configuration = peft_configuration(self.label, self.config, list(layers), max(sizes, default=1))
         made = PeftModel(_network(layers), configuration, _ADAPTER)
         expected = get_peft_model_state_dict(made, save_embedding_layers=False)
         missing = [key for key in expected if key not in state]
@@ -216,73 +195,12 @@ class PeftModules:
         set_peft_model_state_dict(made, dict(state))
         return made.eval()
 
-    def _configured(self, modules: list[str]) -> Any:
-        """peft's configuration, for just these modules.
-
-        Raises:
-            UnsupportedFormatError: lists settings that this version of peft does not know.
-        """
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-        kind_of: Any = dict[str, Any](PEFT_TYPE_TO_CONFIG_MAPPING).get(self.config.kind)
-        if kind_of is None:
-            raise UnsupportedFormatError(
-                f"{self.label}: the peft that is installed does not know {self.config.kind}", "pip install -U peft"
-            )
-        known = {part.name for part in dataclasses.fields(kind_of)} | set(inspect.signature(kind_of).parameters)
-        given = {name: value for name, value in self.config.settings.items() if name not in _DROPPED}
-        unknown = [f"{name} = {str(value)[:80]}" for name, value in given.items() if name not in known and value]
-        if unknown:
-            raise UnsupportedFormatError(
-                f"{self.label}: this peft does not know these settings of {self.config.kind}",
-                "merge it into its model with the peft that made it (merge_and_unload), then take a diff",
-                unknown,
-            )
-        given = {name: value for name, value in given.items() if name in known}
-        for name, value in given.items():
-            if name.endswith("_pattern") and isinstance(value, dict):
-                given[name] = self._own_pattern(modules, value)
-        if "feedforward_modules" in given:
-            listed = given["feedforward_modules"] or []
-            given["feedforward_modules"] = [m for m in modules if _listed(m, listed)]
-        return kind_of(target_modules=modules, **given)
-
-    def _check_sizes(self, configuration: Any) -> None:
-        """Before peft makes room for it.
-
-        Raises:
-            MalformedFileError: lists settings that are larger than anything in the adapter.
-        """
-        if self.config.kind == _ANY_SIZE:
-            return
-        tensors = [*self.shared.values(), *(t for own in self.modules.values() for t in own.values())]
-        largest = max(_SMALL, *(size for tensor in tensors for size in tensor.shape))
-        found: dict[str, Any] = {name: getattr(configuration, name, None) for name in sorted(_SIZES)}
-        for name, value in vars(configuration).items():
-            if name.endswith("_pattern") and isinstance(value, dict):
-                found |= {f"{name}.{module}": size for module, size in value.items()}
-        wrong = [f"{n} = {v}" for n, v in found.items() if isinstance(v, int | float) and not -1 <= v <= largest]
-        if wrong:
-            raise MalformedFileError(
-                f"{self.label}: its settings are larger than any of its tensors",
-                "get the adapter again",
-                wrong,
-            )
-
-    def _own_pattern(self, modules: list[str], pattern: Mapping[str, Any]) -> dict[str, Any]:
-        """What a pattern says of these modules, under their very names."""
-        if self.config.kind == "ADALORA":  # which ranks were kept, by parameter and not by pattern
-            return {n: v for n, v in pattern.items() if any(n.startswith(f"{module}.") for module in modules)}
-        nothing = object()
-        found = {module: matched(pattern, module, nothing) for module in modules}
-        return {module: value for module, value in found.items() if value is not nothing}
-
     @contextmanager
     def _quietly(self, module: str) -> Iterator[None]:
         """peft's errors are about the adapter, its warnings for those who train; its random numbers are its own.
 
         Raises:
-            MalformedFileError: it cannot be done.
+            MisfitError: it cannot be done with this module.
         """
         told = logging.getLogger("peft")
         level = told.level
@@ -296,7 +214,7 @@ class PeftModules:
         except ImportError as error:
             raise UsageError(f"{self.label}: {self.config.kind} needs a package more: {error}", "install it") from error
         except Exception as error:  # peft, torch and whatever they call raise bare ones
-            raise MalformedFileError(
+            raise MisfitError(
                 f"{self.label}: peft makes no {self.config.kind} layer of it: {' '.join(str(error).split())[:300]}",
                 "give the model that it was trained on; or get the adapter again",
                 [module],
@@ -343,12 +261,6 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 def _turned(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
-
-
-def _listed(module: str, names: Any) -> bool:
-    if isinstance(names, str):
-        return bool(matched({names: True}, module, False))
-    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _made_of(tensors: Mapping[str, Tensor], *, turned: bool) -> nn.Module:

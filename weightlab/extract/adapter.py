@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlab.adapters.changes import Change, Fold, Folded
 from weightlab.adapters.reading import Adapter, Network, read_adapter
-from weightlab.errors import NonFiniteError, UsageError
+from weightlab.errors import NonFiniteError
 from weightlab.extract._adapter_places import Places
 from weightlab.extract._adapter_targets import AdapterOptions as AdapterOptions
 from weightlab.extract._adapter_targets import Share, Target, additions, other_base, renamed, targets_alone, targets_on
@@ -58,7 +58,7 @@ def adapter_patch(folder: Path, base: Source | None, network: Network, options: 
         targets = targets_on(adapter, base, places, options)
         adapter.notes += filter(None, [other_base(adapter, base), additions(targets)])
     if not targets:
-        raise UsageError(f"{adapter.label}: nothing of it is left to put on", "leave out fewer of its tensors")
+        adapter.notes.append("changes nothing: the model has all of its values already")
     with disk.storage_errors(tempfile.gettempdir()):
         home = Path(tempfile.mkdtemp(prefix="weightlab-"))
     try:
