@@ -89,6 +89,20 @@ def test_trained_tokens_bring_their_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"of": "adapter"}'
 
 
+def test_a_difference_that_appends_rows_tells_of_them_too(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", tied=True)
+    tuned = base | {EMBEDDING: longer(base[EMBEDDING])}
+    patch = wl.diff(base, tuned, allow=["rows"])
+    wl.apply(tmp_path / "base", patch, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == VOCABULARY + 3
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"of": "model"}'
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 99}))
+    done = wl.apply(tmp_path / "base", patch, out=tmp_path / "other")
+    assert any("config.json is as it was" in note for note in done.notes)
+    assert (tmp_path / "other" / "config.json").read_text() == config.read_text()
+
+
 def test_one_end_alone_cannot_grow(tmp_path: Path) -> None:
     base = model(tmp_path / "base")
     folder = adapter(tmp_path / "a", {EMBEDDING: longer(base[EMBEDDING])})

@@ -263,3 +263,17 @@ def test_a_vocabulary_that_was_resized(tmp_path: Path, kind: str) -> None:
     assert loaded["model.embed_tokens.weight"].shape == (43, 16) and loaded.keys() == merged.keys()
     for name, tensor in merged.items():
         assert torch.allclose(loaded[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
+
+
+def test_convolutions_in_groups_do_not_fold(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    clean = dict(network.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(network, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / "adapter")
+        with pytest.raises(NotImplementedError):
+            model.merge_and_unload()
+    with pytest.raises(wl.WeightlabError, match="in groups") as caught:
+        wl.apply(clean, tmp_path / "adapter")
+    assert caught.value.offenders == ("0",)

@@ -14,7 +14,7 @@ from weightlab.adapters.changes import Addition, Change, Dora, Product, Stacked
 from weightlab.adapters.config import AdapterConfig, ExpertsLayout
 from weightlab.adapters.keys import INNER
 from weightlab.adapters.orientation import Matrix, Shapes, submodule, turned
-from weightlab.errors import MalformedFileError, UsageError
+from weightlab.errors import MalformedFileError, UnsupportedFormatError, UsageError
 
 FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
@@ -44,8 +44,16 @@ class LoraModules:
 
         Raises:
             MalformedFileError: lists factors that are missing or are no matrices that can be multiplied.
+            UnsupportedFormatError: lists convolutions in groups, whose weight has no place for what LoRA adds.
             UsageError: which way matrices lie, what a factor is for, or how experts are packed cannot be told.
         """
+        grouped = [owner_of(module) for module, parts in self.modules.items() if _grouped(parts)]
+        if grouped:
+            raise UnsupportedFormatError(
+                f"{self.label}: LoRA on convolutions in groups does not fold into their weights: it joins the groups",
+                "use it with peft, on the model; or leave it out when you train",
+                grouped,
+            )
         wrong = [f"{module}: {problem}" for module, parts in self.modules.items() if (problem := _problem(parts))]
         wrong += [f"{m}: more parameters than target_parameters names" for m in self.modules if self._too_deep(m)]
         if wrong:
@@ -150,6 +158,14 @@ def _problem(parts: Mapping[str, Tensor]) -> str:
     if down.ndim < 2 or up.ndim < 2 or not down.numel() or not up.numel():
         return shapes
     return "" if down.shape[0] == up.shape[1] else f"the ranks differ: {shapes}"
+
+
+def _grouped(parts: Mapping[str, Tensor]) -> bool:
+    """Whether B has the ranks of one group only: peft's A joins all inputs, and its B works group by group."""
+    down, up = parts.get("lora_A.weight"), parts.get("lora_B.weight")
+    if down is None or up is None or min(down.ndim, up.ndim) < 3 or not up.shape[1]:
+        return False
+    return down.shape[0] > up.shape[1] and down.shape[0] % up.shape[1] == 0
 
 
 def _embeds(parts: Mapping[str, Tensor]) -> bool:

@@ -84,6 +84,7 @@ def _resize(folder: Path, out: Path, rows: Mapping[str, tuple[int, int]], now: M
     sizes = {before for name, (before, _) in rows.items() if name in now}
     places = [place for place in _sizes(config) if place[_SIZE] in sizes]
     if not places:
+        found.notes.append(f"{_CONFIG} is as it was, and does not tell of the new rows of {', '.join(sorted(rows))}")
         return
     after = {name: rows[name][1] if name in rows else size for name, size in now.items() if size in sizes}
     if len(set(after.values())) > 1:
