@@ -218,6 +218,9 @@ SHAPES: dict[str, dict[str, Tensor]] = {
     "a vector": {"layer.lora_A.weight": torch.zeros(32), "layer.lora_B.weight": B},
     "0-d": {"layer.lora_A.weight": torch.zeros(()), "layer.lora_B.weight": torch.zeros(())},
     "ranks differ": {"layer.lora_A.weight": A, "layer.lora_B.weight": torch.zeros(4, 3)},
+    "B of a convolution that is wider than one": {"layer.lora_A.weight": A, "layer.lora_B.weight": torch.ones(4, 2, 3)},
+    "a bias of A": {**FACTORS, "layer.lora_A.bias": torch.ones(2)},
+    "factors of two kinds": {**FACTORS, "layer.lora_embedding_A": A, "layer.lora_embedding_B": B},
     "half": {"layer.lora_A.weight": A},
     "half an embedding": {"layer.lora_embedding_B": A},
 }
@@ -269,6 +272,17 @@ OPTIONS: dict[str, Any] = {
     "use_qalora": True,
     "some_day": 1,
 }
+
+
+def test_dora_on_a_parameter_is_not_ignored(tmp_path: Path) -> None:
+    tensors = {**FACTORS, "layer.lora_magnitude_vector.weight": torch.ones(4)}
+    with pytest.raises(MalformedFileError, match="lora_magnitude_vector on a parameter"):
+        wl.apply(base(), adapter(tmp_path / "a", tensors, target_parameters=["layer.weight"]))
+
+
+@pytest.mark.parametrize("name", ["a" * 3000 + "/b", "a/\0", "../../x", ""])
+def test_odd_names_of_the_base_are_only_names(tmp_path: Path, name: str) -> None:
+    is_right(adapter(tmp_path / "a", FACTORS, base_model_name_or_path=name))
 
 
 def test_options_that_are_not_computed_are_all_named(tmp_path: Path) -> None:

@@ -210,7 +210,9 @@ def _parsed(
         tokens = found.token_indices or []
     by_name = tokens if isinstance(tokens, dict) else {"": tokens}
     name = found.base_model_name_or_path
-    on_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    on_hub = (
+        name is not None and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None and not Path(name).exists()
+    )
     packed = (found.unsloth_fused_expert_lora or {}).get("parameters")
     layouts = {
         str(parameter): LAYOUTS[told["lora_B_layout"]]

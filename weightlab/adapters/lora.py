@@ -56,6 +56,11 @@ class LoraModules:
             )
         wrong = [f"{module}: {problem}" for module, parts in self.modules.items() if (problem := _problem(parts))]
         wrong += [f"{m}: more parameters than target_parameters names" for m in self.modules if self._too_deep(m)]
+        wrong += [
+            f"{module}: {' and '.join(sorted(parts.keys() - {'lora_A.weight', 'lora_B.weight'}))} on a parameter"
+            for module, parts in self.modules.items()
+            if len(parts) > 2 and self.config.parameters_of(owner_of(module))
+        ]
         if wrong:
             raise MalformedFileError(f"{self.label}: its factors make no sense", "get the adapter again", wrong)
         self._orient()
@@ -155,7 +160,12 @@ def _problem(parts: Mapping[str, Tensor]) -> str:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     down, up = (parts[name] for name in names)
     shapes = f"{names[0]} is {list(down.shape)}, {names[1]} is {list(up.shape)}"
+    known = {*names, "lora_magnitude_vector", *([] if _embeds(parts) else ["lora_B.bias"])}
+    if parts.keys() - known:
+        return f"{' and '.join(sorted(parts.keys() - known))} beside {names[0]}"
     if down.ndim < 2 or up.ndim < 2 or not down.numel() or not up.numel():
+        return shapes
+    if up.numel() != up.shape[0] * up.shape[1] or (_embeds(parts) and down.ndim != 2):
         return shapes
     return "" if down.shape[0] == up.shape[1] else f"the ranks differ: {shapes}"
 

@@ -265,7 +265,8 @@ def other_base(adapter: Adapter, base: Source) -> str:
     if _last(trained_on) in map(_last, names):
         return ""
     shown = trained_on if adapter.config.base_name else Path(trained_on).name
-    return f"was trained on {shown[:200]}, and this model goes by another name"
+    shown = "".join(letter for letter in shown[:200] if letter.isprintable())
+    return f"was trained on {shown}, and this model goes by another name"
 
 
 def _last(name: str) -> str:
