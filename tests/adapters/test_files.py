@@ -208,6 +208,8 @@ def test_what_changes_nothing_and_what_was_trained_elsewhere_is_told(tmp_path: P
     (model / "config.json").write_text(json.dumps({"_name_or_path": "someone/Llama-9"}))
     zero = adapter(tmp_path / "zero", {**FACTORS, "layer.lora_B.weight": torch.zeros(4, 2)})
     assert any("changes nothing" in note for note in notes(zero, model, tmp_path / "one"))
+    nothing = {"layer.lora_A.weight": A, "layer.lora_B.weight": B * 0, "layer.lora_B.bias": torch.zeros(4)}
+    assert any("changes nothing" in n for n in notes(adapter(tmp_path / "bias", nothing), model, tmp_path / "four"))
     ours = adapter(tmp_path / "ours", FACTORS, base_model_name_or_path="other/llama-9")
     assert not notes(ours, model, tmp_path / "two")
     theirs = adapter(tmp_path / "theirs", FACTORS, base_model_name_or_path="other/Mistral-7")

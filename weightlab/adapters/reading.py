@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightlab.adapters.changes import Change, Folded, Product, Rows, Values
+from weightlab.adapters.changes import Addition, Change, Folded, Product, Rows, Stacked, Values
 from weightlab.adapters.config import CONFIG, AdapterConfig, ExpertsLayout, read_config
 from weightlab.adapters.files import companions_of, opened, weights_of
 from weightlab.adapters.keys import INNER, plain_keys
@@ -106,8 +106,7 @@ def read_adapter(
         raise MalformedFileError(f"{label}: it has no tensors", _EMPTIED)
     for changes in adapter.changes.values():  # a saved embedding is what its factors are added to
         changes.sort(key=lambda change: not isinstance(change, Values))
-    every = [change for changes in adapter.changes.values() for change in changes]
-    if all(isinstance(change, Product) and not bool(change.left.any() and change.right.any()) for change in every):
+    if all(_is_nothing(change) for changes in adapter.changes.values() for change in changes):
         adapter.notes.append("changes nothing: a factor of each product is zero")
     return adapter
 
@@ -139,6 +138,15 @@ def _tensors(folder: Path, config: AdapterConfig) -> list[tuple[str, Tensor, str
             f"{folder}: tensors are there twice, with other values", "get the adapter again", differ
         )
     return list(found.values())
+
+
+def _is_nothing(change: Change) -> bool:
+    """Whether it adds zeros, whatever it is put on."""
+    if isinstance(change, Product):
+        return not bool(change.left.any() and change.right.any())
+    if isinstance(change, Stacked):
+        return not bool(change.up.any() and change.down.any())
+    return isinstance(change, Addition) and not bool(change.values.any())
 
 
 def whole(source: Source, name: str) -> Tensor:
