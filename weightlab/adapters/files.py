@@ -28,7 +28,7 @@ COMPANIONS = (
 _STATE = (
     *("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "*.dcp", "*.distcp"),
     *("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
-    *("consolidated*", "adapter_model*"),
+    *("consolidated*", "adapter_model*", "adapter_[0-9]*.pt", "hf_model_*.pt"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NOT_FOLDED = {

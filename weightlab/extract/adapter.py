@@ -1,4 +1,4 @@
-"""A PEFT adapter as a patch: low-rank factors where they suffice, differences where it holds values."""
+"""An adapter as a patch: low-rank factors where they suffice, differences where it holds values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from weightlab.adapters.changes import Change, Fold, Folded
-from weightlab.adapters.reading import Adapter, Network, read_adapter
+from weightlab.adapters.opening import open_adapter
+from weightlab.adapters.reading import Adapter, Network
 from weightlab.errors import NonFiniteError
 from weightlab.extract._adapter_places import Places
 from weightlab.extract._adapter_targets import AdapterOptions as AdapterOptions
@@ -40,7 +41,7 @@ def adapter_patch(folder: Path, base: Source | None, network: Network, options: 
         options: which of its tensors are wanted.
 
     Raises:
-        UnsupportedFormatError, MalformedFileError: see `read_adapter`.
+        UnsupportedFormatError, MalformedFileError: see `open_adapter`.
         NamesMismatchError: lists the tensors that the base lacks, or has in another shape.
         MisfitError: lists tensors that are codes of a quantised checkpoint.
         NonFiniteError: lists tensors with NaN or infinity.
@@ -48,12 +49,12 @@ def adapter_patch(folder: Path, base: Source | None, network: Network, options: 
     """
     made = cache(network)
     if base is None:
-        adapter = read_adapter(folder, made, experts_layout=options.experts_layout)
+        adapter = open_adapter(folder, None, made, lambda name: None, options.experts_layout)
         renamed(adapter, options.renames)
         places, targets = None, targets_alone(adapter)
     else:
         places = Places(base, made)
-        adapter = read_adapter(folder, made, places.shape, options.experts_layout)
+        adapter = open_adapter(folder, base, made, places.shape, options.experts_layout)
         renamed(adapter, options.renames)
         targets = targets_on(adapter, base, places, options)
         adapter.notes += filter(None, [other_base(adapter, base), additions(targets)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlab.adapters.config import read_config
+from weightlab.adapters.opening import peft_folder
 from weightlab.errors import MisfitError, UsageError
 from weightlab.files.foreign import read_bytes, read_json
 from weightlab.networks.vocabulary import TOKENIZER_FILES, vocabulary_tensors
@@ -48,7 +49,8 @@ def carry_vocabulary(
     if out.name.endswith(".safetensors"):
         return found
     for operand in operands:
-        adapter = adapter_at(operand)
+        place = adapter_at(operand)
+        adapter = None if place is None else peft_folder(place)
         if adapter is not None and (rows or any(read_config(adapter).tokens.values())):
             _take_tokenizer(adapter, found)
     return found

@@ -15,7 +15,7 @@ from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
-from weightlab.sources import Source
+from weightlab.sources import Source, cautions_of
 from weightlab.stream.executor import Resources
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
@@ -111,6 +111,7 @@ def inspect(
         found = moments(source, summable, resources) if norms else {}
         rows = [row_of(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
         result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
+        result.notes += cautions_of(source)
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
         return result

@@ -140,7 +140,7 @@ def lora_import(
     wait: float = 0.0,
     resources: Resources | None = None,
 ) -> Patch:
-    """Writes a PEFT adapter as a patch.
+    """Writes an adapter as a patch: a PEFT folder, or one of the forms of `weightlab.adapters.forms`.
 
     Args:
         base: the model it is for; needed where it holds values (`modules_to_save`, biases, trained tokens), and where

@@ -15,8 +15,7 @@ from weightlab.ops.outcome import Outcome, PatchOnInfo
 from weightlab.ops.write import SINGLE, Written, index_content, plan_files, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
-from weightlab.sources import Source
-from weightlab.sources.gguf import GgufSource
+from weightlab.sources import Source, cautions_of
 from weightlab.sources.local import LocalSource
 from weightlab.sources.pickled import SUFFIXES as PICKLES
 from weightlab.stack.guards import clean_view
@@ -85,7 +84,7 @@ def write_out(
                     for name, content in small.items():
                         _write_small(folder / name, content)
                     written = Written(written.computed, written.copied + copied)
-        notes += [source.caution] if isinstance(source, GgufSource) else []
+        notes += cautions_of(source)
     return Outcome(
         os.fspath(model),
         os.fspath(out),

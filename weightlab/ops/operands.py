@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from weightlab.adapters.reading import Network, is_adapter
+from weightlab.adapters.opening import is_adapter
+from weightlab.adapters.reading import Network
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
 from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions, adapter_patch
 from weightlab.files.lock import folder_lock
@@ -156,7 +157,7 @@ def base_of(
 
 
 def open_patches(operands: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT) -> list[Patch]:
-    """Opens patches, each with its scale: that of the operand, else its own default. PEFT adapters are patches too.
+    """Opens patches, each with its scale: that of the operand, else its own default. Adapters are patches too.
 
     Args:
         base: what adapters go on.
@@ -181,7 +182,7 @@ def _opened(operand: PatchLike, base: Base, options: AdapterOptions) -> Patch:
     path = Path(name)
     if not path.exists() and name.startswith(_HUB):
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
-    if is_adapter(path):
+    if not is_patch(path) and is_adapter(path):
         with base() as (source, network):
             patch = adapter_patch(path, source, network, options)
     else:
@@ -190,7 +191,7 @@ def _opened(operand: PatchLike, base: Base, options: AdapterOptions) -> Patch:
 
 
 def names_patch(operand: PatchLike) -> bool:
-    """Whether that is a patch, or a PEFT adapter, and not a checkpoint."""
+    """Whether that is a patch, or an adapter, and not a checkpoint."""
     if isinstance(operand, Patch):
         return True
     path = Path(parse_patch(os.fspath(operand))[0])
@@ -202,7 +203,7 @@ def adapter_at(operand: PatchLike) -> Path | None:
     if isinstance(operand, Patch):
         return None
     path = Path(parse_patch(os.fspath(operand))[0])
-    return path if is_adapter(path) else None
+    return path if not is_patch(path) and is_adapter(path) else None
 
 
 def label_of(operand: PatchLike, patch: Patch) -> str:

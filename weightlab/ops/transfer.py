@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.adapters.reading import is_adapter
+from weightlab.adapters.opening import is_adapter
 from weightlab.errors import UsageError
 from weightlab.networks.vocabulary import vocabulary_tensors
 from weightlab.ops.alike import Names, clean_source, require_shapes, shared_names, under_target_names

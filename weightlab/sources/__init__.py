@@ -68,3 +68,8 @@ def open_source(path: Path, key: str | None = None) -> Source:
         "give a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one",
         [f"holds {', '.join(what) or 'nothing'}"],
     )
+
+
+def cautions_of(source: Source) -> list[str]:
+    """What whoever uses a source must know, a line each: what was skipped in it, that it is not the original."""
+    return list(getattr(source, "cautions", ()))

@@ -20,10 +20,10 @@ class GgufSource(MemorySource):
     """A dequantised model.
 
     Attributes:
-        caution: what whoever uses it must know.
+        cautions: what whoever uses it must know.
     """
 
-    caution: str
+    cautions: tuple[str, ...]
 
 
 class _Gguf:
@@ -62,7 +62,8 @@ class _Gguf:
         if missing:
             raise InputError(f"{path}: {len(missing)} tensors are missing", "get the file again", missing)
         source = GgufSource(state, str(path), path)
-        source.caution = f"{path.name} is dequantised ({', '.join(kinds)}): not the weights that it was made of"
+        told = f"{path.name} is dequantised ({', '.join(kinds)}): not the weights that it was made of"
+        source.cautions = (told,)
         return source
 
 

@@ -97,11 +97,14 @@ def export(common: Common, out: Path, dry_run: bool, patch: str, model: str, **c
 @options.wait
 @options.common
 def import_(common: Common, out: Path, dry_run: bool, adapter: str, base: str | None, **chosen: Any) -> None:
-    """Write a PEFT adapter as a patch; BASE is needed where the adapter holds values, and where names differ.
+    """Write an adapter as a patch; BASE is needed where the adapter holds values, and where names differ.
+
+    ADAPTER is a PEFT folder, or a LoRA file or folder of kohya, LyCORIS, diffusers, MLX, torchtune or llama.cpp.
 
     \b
     Example:
       weightlab lora import adapter/ base/ -o change.safetensors
+      weightlab lora import style.safetensors pipeline/ -o style-patch.safetensors
     """
     import weightlab as wl
     from weightlab.ops.inspect import inspect
