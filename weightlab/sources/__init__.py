@@ -10,7 +10,11 @@ from torch import Tensor
 
 from weightlab.errors import MissingInputError
 from weightlab.registry import Registry
+from weightlab.sources._choice import is_adapter_file
+from weightlab.sources._training import is_training_file
 from weightlab.tensors.spec import TensorSpec
+
+__all__ = ["SOURCES", "Source", "SourceKind", "is_adapter_file", "is_training_file", "open_source"]
 
 
 class Source(Protocol):
@@ -62,9 +66,13 @@ def open_source(path: Path, key: str | None = None) -> Source:
         kind = SOURCES.get(name)
         if kind.claims(path):
             return kind.open(path, key)
-    what = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
+    what = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    if any(is_adapter_file(name) for name in what):
+        raise MissingInputError(
+            f"{path}: holds an adapter, and no model", f"give it as a patch for its base: weightlab apply BASE {path}"
+        )
     raise MissingInputError(
         f"{path}: no checkpoint found",
         "give a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one",
-        [f"holds {', '.join(what) or 'nothing'}"],
+        [f"holds {', '.join(what[:8]) or 'nothing'}"],
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from weightlab.errors import (
     UnsafePickleError,
     UnsupportedFormatError,
 )
+from weightlab.sources._choice import PICKLE_INDEX, PICKLES, pickle_in
 from weightlab.sources._quantised import opaque_names, read_config
 from weightlab.sources.virtual.memory import MemorySource
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".tar")
-_INDEX = ".bin.index.json"
+SUFFIXES = PICKLES
+_INDEX = PICKLE_INDEX
 _USUAL_KEYS = ("state_dict", "model", "model.state_dict", "model_state_dict", "module")
 _REFUSED = {
     ".distcp": "a torch distributed checkpoint; convert it with torch.distributed.checkpoint.format_utils",
@@ -41,10 +42,16 @@ _REFUSED = {
 
 
 class PickledSource(MemorySource):
-    """A state dict found in pickles. `config` is the folder's config.json, if there is one."""
+    """A state dict found in pickles.
 
-    def __init__(self, path: Path, state: Mapping[str, Tensor], folder: Path) -> None:
-        self.folder = folder
+    Attributes:
+        config: the folder's config.json, if there is one.
+        files: names of the pickles, and of their index.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Tensor], anchor: Path, files: Iterable[str] = ()) -> None:
+        folder = anchor.parent
+        self.files = frozenset((anchor.name, *files))
         self.config = read_config(folder)
         super().__init__(state, str(path), path)
         self.opaque = opaque_names(self.specs, self.config)
@@ -65,24 +72,15 @@ class _Pickled:
         if anchor is None:
             raise MissingInputError(f"{path}: no pickled checkpoint", "check the path")
         if anchor.name.endswith(_INDEX):
-            return PickledSource(path, _load_shards(anchor), anchor.parent)
-        return PickledSource(path, state_dict_in(load(anchor), anchor, key), anchor.parent)
+            state, files = _load_shards(anchor)
+            return PickledSource(path, state, anchor, files)
+        return PickledSource(path, state_dict_in(load(anchor), anchor, key), anchor)
 
 
 def _find(path: Path) -> Path | None:
     if path.is_file():
         return path if path.name.endswith((*SUFFIXES, _INDEX)) else None
-    for names in ((f"pytorch_model{_INDEX}",), ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt")):
-        for name in names:
-            if (path / name).is_file():
-                return path / name
-    rest = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-    rest = [p for p in rest if p.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]
-    if len(rest) > 1:
-        raise MalformedFileError(
-            f"{path}: {len(rest)} files could be the model", "give the path of one", [p.name for p in rest]
-        )
-    return rest[0] if rest else None
+    return pickle_in(path)
 
 
 def load(path: Path) -> Any:
@@ -159,7 +157,7 @@ def _describe(content: Any) -> str:
     return type(content).__name__
 
 
-def _load_shards(anchor: Path) -> dict[str, Tensor]:
+def _load_shards(anchor: Path) -> tuple[dict[str, Tensor], list[str]]:
     try:
         weight_map = json.loads(anchor.read_bytes())["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -183,7 +181,7 @@ def _load_shards(anchor: Path) -> dict[str, Tensor]:
     wrong += [f"{n}: not in {f}" for n, f in weight_map.items() if n not in state]
     if wrong:
         raise MalformedFileError(f"{anchor}: the index and the shards disagree", "get the files again", wrong)
-    return state
+    return state, files
 
 
 SOURCE = _Pickled()

@@ -12,7 +12,8 @@ from weightlab.files.folder import Folder, open_folder
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.sources import Source
-from weightlab.sources.local import INDEX_SUFFIX, LocalSource, find_anchor, shards_in
+from weightlab.sources.local import INDEX_SUFFIX, LocalSource, find_anchor, owner_of, pickled_parts, shards_in
+from weightlab.sources.parts import PartsSource
 from weightlab.stack import journal
 from weightlab.stack.clean import CleanSource
 from weightlab.stack.elsewhere import refuse_elsewhere
@@ -83,10 +84,21 @@ def place_of(path: Path, checkpoint: Folder) -> StatePlace:
         for index in sorted(checkpoint.path.glob(f"*{INDEX_SUFFIX}"))
         if index.name != anchor.name and anchor.name in shards_in(index)
     ]
-    if owners and not place.read_stack().patches:  # those that went on before the index came can come off
+    on = bool(place.read_stack().patches)  # those that went on before the index or list came can come off
+    if owners and not on:
         raise NotPatchableError(
             f"{path}: one shard of a larger checkpoint", f"give the folder {folder_of(path)}", owners
         )
+    pickles = pickled_parts(folder_of(path))
+    if pickles and not on:
+        raise NotPatchableError(
+            f"{path}: parts of it are pickles, which are not changed in place",
+            "write a new checkpoint with --out",
+            pickles,
+        )
+    whole = owner_of(path)
+    if whole is not None and not on:
+        raise NotPatchableError(f"{path}: one part of a larger model", f"give the folder {whole}")
     return place
 
 
@@ -168,11 +180,18 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
         with open_folder(folder_of(source.path)) as checkpoint:
             refuse_gone(source.path, checkpoint)
     if not isinstance(source, LocalSource):
+        if isinstance(source, PartsSource) and source.local is not None and state_of(source.local).patches:
+            raise NotPatchableError(
+                f"{source.label}: patches are on its parts that are safetensors, and others are pickles",
+                f"take them off first: weightlab remove {source.label} --all",
+            )
         yield source, []
         return
     with open_folder(source.folder) as checkpoint:
         place = StatePlace(checkpoint, source.anchor)
         state = place.read_stack()
+        if source.alone:  # one file of a model with parts: what is on the others does not concern it
+            state = state.of_files(source.headers)
         refuse_elsewhere(Path(source.label), source)
         check_unchanged(Path(source.label), source, state, resources)
         on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]

@@ -7,6 +7,7 @@ these files and tensors, by `guards` and `journal`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -100,6 +101,12 @@ class StackState(_Strict):
         if {t.file for t in self.tensors.values()} != set(self.headers):
             raise ValueError("`headers` are not those of the files that `tensors` are in")
         return self
+
+    def of_files(self, files: Collection[str]) -> StackState:
+        """What concerns some of the files only."""
+        tensors = {name: touched for name, touched in self.tensors.items() if touched.file in files}
+        headers = {file: digest for file, digest in self.headers.items() if file in files}
+        return self.model_copy(update={"tensors": tensors, "headers": headers})
 
 
 class Intent(_Strict):

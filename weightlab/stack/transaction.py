@@ -150,6 +150,7 @@ class _Change:
                     [str(fitted.targets[n].result) for n in fitted.reshapes],
                 )
             rewrite = self._rewrite(before, fitted.targets)
+            self._refuse_doubled(rewrite)
             self._refuse_links(rewrite)
             patches = {t.patch.id: t.patch for target in rewrite for t in target.terms}
             for patch in patches.values():
@@ -192,6 +193,15 @@ class _Change:
 
     def _linked(self, rewrite: Sequence[Target]) -> list[str]:
         return linked_files(self.place.checkpoint, self._shards(rewrite))
+
+    def _refuse_doubled(self, rewrite: Sequence[Target]) -> None:
+        doubled = [t.spec.name for t in rewrite if t.spec.name in self.source.elsewhere]
+        if doubled:
+            raise NotPatchableError(
+                f"{self.path}: tensors lie in several shards, and some loaders would take the one that stays",
+                "write a new checkpoint with --out",
+                doubled,
+            )
 
     def _refuse_links(self, rewrite: Sequence[Target]) -> None:
         linked = self._linked(rewrite)
