@@ -10,12 +10,22 @@ from typing import Any
 
 from weightlab.errors import UsageError
 from weightlab.ops.moments import Moments, moments
-from weightlab.ops.operands import ModelLike, PathLike, base_of, model_path, names_patch, open_patches, reading
+from weightlab.ops.operands import (
+    ModelLike,
+    PathLike,
+    adapters_beside,
+    base_of,
+    model_path,
+    names_patch,
+    open_patches,
+    reading,
+)
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
+from weightlab.sources.local import LocalSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
@@ -113,6 +123,7 @@ def inspect(
         result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
+        result.notes += [*adapters_beside(path), *(source.notes if isinstance(source, LocalSource) else ())]
         return result
 
 

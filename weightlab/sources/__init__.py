@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from weightlab.errors import MissingInputError
+from weightlab.errors import InputError, MissingInputError
 from weightlab.registry import Registry
 from weightlab.sources._choice import is_adapter_file
 from weightlab.sources._training import is_training_file
 from weightlab.tensors.spec import TensorSpec
 
-__all__ = ["SOURCES", "Source", "SourceKind", "is_adapter_file", "is_training_file", "open_source"]
+__all__ = ["SOURCES", "Source", "SourceKind", "is_adapter_file", "is_checkpoint", "is_training_file", "open_source"]
 
 
 class Source(Protocol):
@@ -52,6 +52,14 @@ class SourceKind(Protocol):
 
 
 SOURCES: Registry[SourceKind] = Registry("weightlab.sources", "SOURCE", "source")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint at that path which can be told from all else there."""
+    try:
+        return any(SOURCES.get(name).claims(path) for name in SOURCES.names())
+    except InputError:
+        return False
 
 
 def open_source(path: Path, key: str | None = None) -> Source:

@@ -189,9 +189,7 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
         return
     with open_folder(source.folder) as checkpoint:
         place = StatePlace(checkpoint, source.anchor)
-        state = place.read_stack()
-        if source.alone:  # one file of a model with parts: what is on the others does not concern it
-            state = state.of_files(source.headers)
+        state = state_of(source)
         refuse_elsewhere(Path(source.label), source)
         check_unchanged(Path(source.label), source, state, resources)
         on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]
@@ -204,6 +202,7 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
 
 
 def state_of(source: LocalSource) -> StackState:
-    """What is recorded as being on a checkpoint under its own name."""
+    """What is recorded as being on a checkpoint under its own name; of one file of a model with parts, on that file."""
     with open_folder(source.folder) as checkpoint:
-        return StatePlace(checkpoint, source.anchor).read_stack()
+        state = StatePlace(checkpoint, source.anchor).read_stack()
+    return state.of_files(source.headers) if source.alone else state
