@@ -214,6 +214,21 @@ def test_a_part_that_only_one_of_two_has(pair: tuple[Path, Path], tmp_path: Path
         wl.apply(base, out=tmp_path / "one.safetensors")
 
 
+def test_tensors_that_a_patch_adds_go_to_their_part(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = pair
+    state = load_file(tuned / "2_Dense/model.safetensors") | {"scale": torch.ones(3)}
+    save_file(state, tuned / "2_Dense/model.safetensors")
+    patch = wl.diff(base, tuned, allow=["added"])
+    wl.apply(base, patch, out=tmp_path / "out")
+    got = load_file(tmp_path / "out/2_Dense/model.safetensors")
+    assert got.keys() == state.keys() and all(torch.equal(got[n], state[n]) for n in state)
+    shutil.rmtree(base / "2_Dense")  # a part that the base lacks is not put into another's file
+    patch = wl.diff(base, tuned, allow=["added"])
+    with pytest.raises(MisfitError, match="parts that the model does not have") as failed:
+        wl.apply(base, patch, out=tmp_path / "more")
+    assert len(failed.value.offenders) == 3 and not (tmp_path / "more").exists()
+
+
 def test_the_codes_of_a_part_are_told_by_its_own_configuration(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = pair
     for model in pair:

@@ -12,7 +12,8 @@ from weightlab.files.atomic import atomic_file, atomic_folder, refuse_existing
 from weightlab.ops.companions import companions, copy_companions
 from weightlab.ops.operands import PathLike, model_path, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo
-from weightlab.ops.write import Written, index_content, local_part, plan_files, write_files
+from weightlab.ops.output_files import index_content, local_part, plan_files
+from weightlab.ops.write import Written, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
 from weightlab.sources import Source

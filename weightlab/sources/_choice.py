@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from weightlab.errors import MalformedFileError, MissingInputError
@@ -76,7 +76,7 @@ def pickle_in(folder: Path) -> Path | None:
     return _only(folder, found)
 
 
-def _files(folder: Path) -> Collection[str]:
+def _files(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()}
 
 
