@@ -340,5 +340,43 @@ def test_two_encoders_with_equal_tables_are_not_tied(tmp_path: Path) -> None:
     assert all(
         torch.equal(t, table[n]) for n, t in load_file(tmp_path / "out/text_encoder_2/model.safetensors").items()
     )
+    shutil.rmtree(tmp_path / "tuned/text_encoder_2")
+    with pytest.raises(NamesMismatchError) as failed:  # nor is one that is missing a copy that may be missing
+        wl.diff(base, tmp_path / "tuned")
+    assert [line.partition(" ")[0] for line in failed.value.offenders] == [f"text_encoder_2/{name}" for name in TEXT]
     changed = load_file(tmp_path / "out/text_encoder/model.safetensors")
     assert all(torch.allclose(changed[n], table[n] + 1) for n in table)
+
+
+def test_a_part_that_is_missing_is_not_taken_for_a_tied_one(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base", 0)
+    shutil.copytree(base / "text_encoder", base / "text_encoder_2")
+    listed = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**listed, "text_encoder_2": listed["text_encoder"]}))
+    shutil.copytree(base, tmp_path / "tuned")
+    for name in ("text_encoder", "text_encoder_2"):  # both change alike
+        save_file(tensors(TEXT, 7), tmp_path / "tuned" / name / "model.safetensors")
+    patch = wl.diff(base, tmp_path / "tuned")
+    shutil.rmtree(base / "text_encoder_2")
+    with pytest.raises(NamesMismatchError) as failed:
+        wl.apply(base, patch, out=tmp_path / "out")
+    assert len(failed.value.offenders) == 2 and all("text_encoder_2/" in line for line in failed.value.offenders)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_tied_in_a_part_its_own_configuration_says(tmp_path: Path, tied: bool) -> None:
+    """One table stored twice in a part, of which a patch names one."""
+    base = pipeline(tmp_path / "base", 0)
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+    state = {"shared.weight": table, "lm_head.weight": table.clone()}
+    save_file(state, base / "text_encoder/model.safetensors")
+    (base / "text_encoder/config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": not tied}))
+    tuned = {f"text_encoder/{name}": tensor for name, tensor in state.items()}
+    tuned["text_encoder/shared.weight"] = table + 1
+    before = {f"text_encoder/{name}": tensor for name, tensor in state.items()}
+    patch = wl.diff(before, tuned, include="*/shared.weight", encode="dense")
+    wl.apply(base, patch, out=tmp_path / "out")
+    got = load_file(tmp_path / "out/text_encoder/model.safetensors")
+    assert torch.allclose(got["shared.weight"], table + 1)
+    assert torch.equal(got["lm_head.weight"], got["shared.weight"] if tied else table)
