@@ -188,6 +188,22 @@ def test_a_part_by_itself_is_not_changed_in_place(pair: tuple[Path, Path], tmp_p
     assert not list(base.rglob(".weightlab"))
 
 
+def test_patches_that_are_on_come_off_also_when_a_part_became_a_pickle(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = pair
+    before = hashes(base)["model.safetensors"]
+    patch = wl.diff(base, tuned, tmp_path / "p.safetensors", include="encoder.*")
+    wl.apply(base, patch, in_place=True)
+    dense = load_file(base / "2_Dense/model.safetensors")
+    (base / "2_Dense/model.safetensors").unlink()
+    torch.save(dense, base / "2_Dense/pytorch_model.bin")
+    assert [on.name for on in wl.status(base).patches] == ["p.safetensors"] and wl.status(base).intact
+    with pytest.raises(NotPatchableError, match="patches are on its parts"):
+        wl.apply(base, out=tmp_path / "out")
+    wl.remove(base, everything=True)
+    assert hashes(base)["model.safetensors"] == before and wl.status(base).patches == []
+    wl.apply(base, out=tmp_path / "out")
+
+
 def test_inspected_compared_and_merged(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = pair
     rows = {row.name: row.shape for row in wl.inspect(base).tensors}

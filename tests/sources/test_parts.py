@@ -33,7 +33,9 @@ def names(folder: Path) -> list[str]:
     return sorted(source.specs)
 
 
-@pytest.mark.parametrize("outside", ["../other", "..", ".", "/etc", "a/b", "2_Dense/../..", "a\\b", "a\0b", "a\nb"])
+@pytest.mark.parametrize(
+    "outside", ["../other", "..", ".", "/etc", "a/b", "2_Dense/../..", "a\\b", "a\0b", "a\nb", ".weightlab"]
+)
 def test_paths_that_lead_elsewhere(tmp_path: Path, outside: str) -> None:
     part(tmp_path / "other")
     model = listing(tmp_path / "model", "", outside)

@@ -44,6 +44,7 @@ ZERO = "global_step100/zero_pp_rank_0_mp_rank_00_model_states.pt"
             "verl",
             "verl.model_merger merge --backend fsdp --local_dir {} ",
         ),
+        (["checkpoint/step-1000/__0_0.distcp"], "", "distributed", "dcp_to_torch {}/checkpoint/step-1000 OUT.pt"),
         (["model_world_size_1_rank_0.pt"], "", "verl", "verl.model_merger"),
         (
             ["global_step_20/actor/model_world_size_1_rank_0.pt", "global_step_100/actor/model_world_size_1_rank_0.pt"],

@@ -22,6 +22,7 @@ from weightlab.files.folder import open_folder
 from weightlab.files.lock import folder_lock
 from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
+from weightlab.ops.output_files import local_part
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
 from weightlab.stack.elsewhere import elsewhere, patched_elsewhere
@@ -138,9 +139,10 @@ def status(model: PathLike, *, dry_run: bool = False, wait: float = 0.0, resourc
     try:
         with reading(model_path(path), wait=wait) as source, open_folder(folder) as checkpoint:
             refuse_gone(path, checkpoint)
-            if not isinstance(source, LocalSource):
+            local = local_part(source)
+            if local is None:
                 return Status(os.fspath(model), notes=notes)
-            return _status(os.fspath(model), source, notes, resources)
+            return _status(os.fspath(model), local, notes, resources)
     except (InputError, IntegrityError) as error:
         if not folder.is_dir() or pending(folder):
             raise

@@ -7,7 +7,7 @@ part is called by the part's folder and its own name: `2_Dense/linear.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,15 @@ def parts_of(folder: Path) -> Parts | None:
         listing, named = MODULES, [module.path for module in listed]
     else:
         return None
-    plain_names([name for name in named if name], str(folder / listing))
+    _check_names((name for name in named if name), folder / listing)
     found = dict.fromkeys(prefix for name in dict.fromkeys(named) for prefix in _with_routes(folder, name, 0))
     return Parts(listing, tuple(sorted(found)))
+
+
+def _check_names(names: Iterable[str], path: Path) -> None:
+    hidden = [repr(name)[:80] for name in plain_names(names, str(path)) if name.startswith(".")]
+    if hidden:
+        raise MalformedFileError(f"{path}: these are no folders of a model", "do not use this file", hidden)
 
 
 def _is_component(kind: object) -> bool:
@@ -83,6 +89,7 @@ def _with_routes(root: Path, prefix: str, depth: int) -> Iterator[str]:
         if isinstance(types, dict) and isinstance(tree.get("structure"), dict):
             if depth == _DEEPEST:
                 raise MalformedFileError(f"{path}: routers lie in one another too deep", "do not use this file")
-            for inner in plain_names(types, str(path)):
+            _check_names(types, path)
+            for inner in types:
                 yield from _with_routes(root, f"{prefix}/{inner}" if prefix else inner, depth + 1)
             return

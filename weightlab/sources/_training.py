@@ -58,7 +58,7 @@ _KINDS = (
         re.compile(
             r"(\w*zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt|layer_\d+-model(_\d+)?-model_states\.pt"
         ),
-        re.compile(r"global_step\d+|checkpoint"),
+        re.compile(r"global_step\d+(_universal)?|checkpoint"),
         _deepspeed,
     ),
     _Kind(
@@ -70,7 +70,7 @@ _KINDS = (
     _Kind(
         "a distributed checkpoint of torch (FSDP), whose weights lie in pieces",
         re.compile(r".+\.distcp"),
-        re.compile(r"(pytorch_model_fsdp|optimizer|model|weights|dist_ckpt|iter_).*"),
+        re.compile(r"(pytorch_model_fsdp|optimizer|model|weights|dist_ckpt|iter_|dcp|ckpt|checkpoint|step|epoch).*"),
         _distributed,
     ),
     _Kind(
