@@ -10,7 +10,7 @@ from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.extract.rules import EncodeRules
 from weightlab.ops.operands import ModelLike, PathLike, adapters_beside, reading
 from weightlab.patches.patch import Patch
-from weightlab.sources import Source
+from weightlab.sources import Source, cautions_of
 from weightlab.sources.gguf import GgufSource
 from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
@@ -69,7 +69,7 @@ def diff(
         before: Source = stack.enter_context(reading(base, key=key, wait=wait))
         after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
         cautions = [source.caution for source in (before, after) if isinstance(source, GgufSource)]
-        cautions += adapters_beside(base, tuned)
+        cautions += [*cautions_of(before), *cautions_of(after), *adapters_beside(base, tuned)]
         options.notes = "; ".join([*([options.notes] if options.notes else []), *cautions]) or None
         if renames:
             after = RenamedSource(after, renames)

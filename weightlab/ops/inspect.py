@@ -24,8 +24,7 @@ from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
-from weightlab.sources import Source
-from weightlab.sources.local import LocalSource
+from weightlab.sources import Source, cautions_of
 from weightlab.stream.executor import Resources
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
@@ -123,7 +122,7 @@ def inspect(
         result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
-        result.notes += [*adapters_beside(path), *(source.notes if isinstance(source, LocalSource) else ())]
+        result.notes += [*adapters_beside(path), *cautions_of(source)]
         return result
 
 

@@ -16,7 +16,7 @@ from weightlab.ops.output_files import index_content, local_part, plan_files
 from weightlab.ops.write import Written, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
-from weightlab.sources import Source
+from weightlab.sources import Source, cautions_of
 from weightlab.sources.gguf import GgufSource
 from weightlab.sources.local import LocalSource
 from weightlab.sources.parts import PartsSource
@@ -88,7 +88,7 @@ def write_out(
                         _write_small(folder / name, content)
                     written = Written(written.computed, written.copied + copied)
         notes += [source.caution] if isinstance(source, GgufSource) else []
-        notes += [] if local is None else local.notes
+        notes += cautions_of(source)
     return Outcome(
         os.fspath(model),
         os.fspath(out),

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from weightlab.adapters.config import CONFIG
 from weightlab.adapters.reading import Network, is_adapter
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
 from weightlab.extract.adapter import adapter_patch
@@ -181,7 +182,7 @@ def _opened(operand: PatchLike, base: Base) -> Patch:
     if not path.exists() and name.startswith(_HUB):
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
     if is_adapter(path):
-        if is_checkpoint(path):
+        if _has_adapter_beside(path):
             raise UsageError(
                 f"{path}: holds a whole model and an adapter, and either could be meant",
                 "for the adapter, put adapter_config.json and what belongs to it into a folder of its own; "
@@ -204,13 +205,20 @@ def names_patch(operand: PatchLike) -> bool:
 
 def is_only_adapter(path: Path) -> bool:
     """Whether that is an adapter's folder; one that also has a whole model's weights is a model."""
-    return is_adapter(path) and not is_checkpoint(path)
+    return is_adapter(path) and not _has_adapter_beside(path)
 
 
 def adapters_beside(*models: ModelLike) -> list[str]:
     """A note for each model whose folder holds an adapter too."""
     paths = [Path(model) for model in models if not isinstance(model, Mapping)]
-    return [f"{path}: the adapter that lies beside the model is left aside" for path in paths if is_adapter(path)]
+    return [
+        f"{path}: the adapter that lies beside the model is left aside" for path in paths if _has_adapter_beside(path)
+    ]
+
+
+def _has_adapter_beside(path: Path) -> bool:
+    """Whether a folder holds a whole model and an adapter of PEFT."""
+    return (path / CONFIG).is_file() and is_checkpoint(path)
 
 
 def label_of(operand: PatchLike, patch: Patch) -> str:

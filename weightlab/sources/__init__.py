@@ -14,7 +14,16 @@ from weightlab.sources._choice import is_adapter_file
 from weightlab.sources._training import is_training_file
 from weightlab.tensors.spec import TensorSpec
 
-__all__ = ["SOURCES", "Source", "SourceKind", "is_adapter_file", "is_checkpoint", "is_training_file", "open_source"]
+__all__ = [
+    "SOURCES",
+    "Source",
+    "SourceKind",
+    "cautions_of",
+    "is_adapter_file",
+    "is_checkpoint",
+    "is_training_file",
+    "open_source",
+]
 
 
 class Source(Protocol):
@@ -84,3 +93,8 @@ def open_source(path: Path, key: str | None = None) -> Source:
         "give a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one",
         [f"holds {', '.join(what[:8]) or 'nothing'}"],
     )
+
+
+def cautions_of(source: Source) -> list[str]:
+    """What whoever uses a source must know, a line each: what was skipped in it, that it is not the original."""
+    return list(getattr(source, "cautions", ()))

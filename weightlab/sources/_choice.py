@@ -22,7 +22,7 @@ _USUAL_PICKLES = (
 _VARIANT = re.compile(r"(diffusion_pytorch_|pytorch_)?model\.[\w-]+(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r".+-(?P<number>\d{5})-of-(?P<count>\d{5})(\.[\w-]+)?\.(safetensors|bin)")
 _ADAPTER = re.compile(
-    r"(adapter_model|adapters|new_embeddings|non_lora_trainables|non_lora_state_dict)\b.*"
+    r"(adapter_model|adapters|adapter_\d+|pytorch_lora_weights|new_embeddings|non_lora_trainables|non_lora_state_dict)\b.*"
     r"\.(safetensors|bin|pt|pth)(\.index\.json)?"
 )
 

@@ -69,7 +69,7 @@ class LocalSource:
         fuller: files that hold more tensors than count.
         elsewhere: tensors of which a further shard has a copy that does not count.
         alone: it is one file of a model with parts.
-        notes: what index and shards disagree in.
+        cautions: what index and shards disagree in.
     """
 
     def __init__(self, path: Path, anchor: Path, parts: Sequence[_Part], *, alone: bool = False) -> None:
@@ -87,7 +87,7 @@ class LocalSource:
         self.config = self.configs.get("", {})
         self.fuller = frozenset(part.key(file) for part in parts for file in part.fuller)
         self.elsewhere = frozenset(part.key(name) for part in parts for name in part.elsewhere)
-        self.notes = [note for part in parts for note in part.notes]
+        self.cautions = tuple(note for part in parts for note in part.notes)
         opaque: set[str] = set()
         for part in parts:
             if part.index is not None:

@@ -28,6 +28,7 @@ class PartsSource:
         pickles: {folder of a part: its pickles}.
         configs: {folder of a part: its config.json}.
         files: the model's own files, relative to its folder.
+        cautions: what whoever uses it must know.
     """
 
     def __init__(self, path: Path, local: LocalSource | None, pickles: Mapping[str, PickledSource]) -> None:
@@ -37,6 +38,7 @@ class PartsSource:
         self.local, self.pickles = local, pickles
         self.configs = {**(local.configs if local else {}), **{prefix: p.config for prefix, p in pickles.items()}}
         self.config = self.configs.get("", {})
+        self.cautions = tuple(c for source in (local, *pickles.values()) for c in getattr(source, "cautions", ()))
         self.files = {f"{prefix}/{name}" if prefix else name for prefix, p in pickles.items() for name in p.files}
         self._owners: dict[str, tuple[Source, str]] = {}
         self.specs: dict[str, TensorSpec] = {}
