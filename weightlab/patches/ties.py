@@ -35,8 +35,8 @@ def same_bytes(source: Source, name: str, other: str) -> bool:
     return True
 
 
-def _kind(spec: TensorSpec) -> _Kind:
-    return spec.dtype, spec.shape, spec.name.rpartition("/")[0]
+def _kind(name: str, spec: TensorSpec) -> _Kind:
+    return spec.dtype, spec.shape, name.rpartition("/")[0]
 
 
 class Copies:
@@ -55,7 +55,7 @@ class Copies:
         for name in candidates:
             spec = source.specs.get(name)
             if spec is not None and len(spec.shape) == 2 and spec.numel:
-                self._kinds.setdefault(_kind(spec), []).append(name)
+                self._kinds.setdefault(_kind(name, spec), []).append(name)
         self._alike: dict[_Kind, dict[bytes, list[str]]] = {}
         self._digests: dict[str, bytes] = {}
 
@@ -66,7 +66,7 @@ class Copies:
         of two parts of a model (`text_encoder/…`, `text_encoder_2/…`) tied to one another.
         """
         spec = self._source.specs.get(name)
-        kind = None if spec is None else _kind(spec)
+        kind = None if spec is None else _kind(name, spec)
         if kind is None or all(other == name for other in self._kinds.get(kind, ())):
             return None
         if kind not in self._alike:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,7 +78,11 @@ def pickle_in(folder: Path) -> Path | None:
 
 
 def _files(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()}
+    except OSError as error:
+        raise MissingInputError(f"{folder}: {error.strerror}", "check the path and its permissions") from error
 
 
 def _only(folder: Path, names: Sequence[str]) -> Path | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from weightlab.errors import UnsupportedFormatError
+from weightlab.errors import MissingInputError, UnsupportedFormatError
 from weightlab.tensors.order import natural_key
 
 _MOST = 10_000
@@ -105,7 +107,7 @@ def refuse_training(folder: Path) -> None:
     UnsupportedFormatError: the folder is a trainer's checkpoint in pieces; tells the command that makes a model of it,
         or, where whole checkpoints lie in folders of it, which is the newest.
     """
-    names = _names(folder)
+    names = names_in(folder)
     for kind in _KINDS:
         here = [name for name in names if kind.file.fullmatch(name)]
         inner = folder if here else _inside(folder, names, kind)
@@ -123,12 +125,17 @@ def refuse_training(folder: Path) -> None:
         )
 
 
-def _names(folder: Path) -> Sequence[str]:
-    found: list[str] = []
-    for path in folder.iterdir():
-        found.append(path.name)
-        if len(found) >= _MOST:
-            break
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, the first ten thousand that the system gives, in natural order.
+
+    Raises:
+        MissingInputError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in islice(entries, _MOST)]
+    except OSError as error:
+        raise MissingInputError(f"{folder}: {error.strerror}", "check the path and its permissions") from error
     return sorted(found, key=natural_key)
 
 
@@ -137,7 +144,7 @@ def _inside(folder: Path, names: Sequence[str], kind: _Kind, depth: int = 2) -> 
     for name in reversed(names):
         inner = folder / name
         if kind.folder.fullmatch(name) and inner.is_dir() and not inner.is_symlink():
-            within = _names(inner)
+            within = names_in(inner)
             if any(kind.file.fullmatch(n) for n in within):
                 return inner
             deeper = _inside(inner, within, kind, depth - 1) if depth > 1 else None
@@ -157,8 +164,8 @@ def _newest(folder: Path, names: Sequence[str]) -> Path | None:
     for name in _FOLDERS_OF_CHECKPOINTS:
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
             inner = folder / name
-            versions = [n for n in _names(inner) if re.fullmatch(r"version_\d+", n)]
+            versions = [n for n in names_in(inner) if re.fullmatch(r"version_\d+", n)]
             if versions:
                 return _newest(inner / max(versions, key=lambda n: int(n.partition("_")[2])), ["checkpoints"])
-            return _newest(inner, _names(inner))
+            return _newest(inner, names_in(inner))
     return None
