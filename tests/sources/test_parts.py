@@ -55,6 +55,7 @@ def test_a_list_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(InputError, match=r"modules\.json"):
         open_source(tmp_path)
+    assert names(tmp_path / "model.safetensors") == ["w"]  # the file itself is not what is wrong
 
 
 def test_a_part_that_is_a_link(tmp_path: Path) -> None:

@@ -79,10 +79,10 @@ def pickle_in(folder: Path) -> Path | None:
 
 def _files(folder: Path) -> set[str]:
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()}
+        names = os.listdir(folder)
     except OSError as error:
         raise MissingInputError(f"{folder}: {error.strerror}", "check the path and its permissions") from error
+    return {name for name in names if not name.startswith(".") and (folder / name).is_file()}
 
 
 def _only(folder: Path, names: Sequence[str]) -> Path | None:

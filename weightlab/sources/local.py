@@ -197,7 +197,7 @@ class _Local:
             raise MissingInputError(f"{path}: no safetensors file", "check the path")
         if path.is_dir():
             return open_anchor(path, anchor)
-        return LocalSource(path, anchor, [_open_part(anchor, "", None)], alone=len(_prefixes(anchor, None) or ()) > 1)
+        return LocalSource(path, anchor, [_open_part(anchor, "", None)], alone=_has_parts(anchor))
 
 
 def open_local(path: Path) -> LocalSource:
@@ -236,6 +236,14 @@ def _prefixes(anchor: Path, set_aside: Aside) -> tuple[str, ...] | None:
     return parts.prefixes if own is not None and own.name == anchor.name else None
 
 
+def _has_parts(anchor: Path) -> bool:
+    """Whether a file stands for a model that has further parts."""
+    try:
+        return len(_prefixes(anchor, None) or ()) > 1
+    except InputError:  # a list that cannot be used says nothing of a file that is named by itself
+        return False
+
+
 def _open_part(anchor: Path, prefix: str, set_aside: Aside) -> _Part:
     folder = anchor.parent
     config = read_config(folder)
@@ -247,9 +255,9 @@ def _open_part(anchor: Path, prefix: str, set_aside: Aside) -> _Part:
     now = _names_now(folder, files, set_aside)
     missing = [f for f in files if not (folder / now[f]).is_file()]
     if missing:
-        raise MissingInputError(
-            f"{anchor}: {len(missing)} of {len(files)} shards are missing", "get the missing files", missing
-        )
+        whole = folder / f"model{SUFFIX}"
+        remedy = f"get the missing files, or give the path of {whole}" if whole.is_file() else "get the missing files"
+        raise MissingInputError(f"{anchor}: {len(missing)} of {len(files)} shards are missing", remedy, missing)
     headers = {f: read_header(folder / now[f]) for f in files}
     found = agree(anchor, weight_map, headers, config)
     fuller: list[str] = []
