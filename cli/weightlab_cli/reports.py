@@ -26,6 +26,8 @@ def show_stack(output: Output, model: str, patches: list[PatchOnInfo]) -> None:
 
 def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None:
     """What a change of a model did."""
+    from weightlab.ops.companions import REASONS, kind_of
+
     dry = outcome.dry_run
     output.result(outcome, **({"memory": resources.expected_memory()} if dry else {}))
     done = f"{outcome.tensors} tensors {'to compute' if dry else 'computed'}, {size(outcome.bytes_written)}"
@@ -38,7 +40,7 @@ def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None
     for note in outcome.notes:
         output.line(note)
     for name in outcome.left_out:
-        output.line(f"left out: {name} (the same weights in another format, without the patch)")
+        output.line(f"left out: {name} ({REASONS[kind_of(name) or 'weights']})")
     show_stack(output, outcome.out or outcome.model, outcome.patches)
 
 

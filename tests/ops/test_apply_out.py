@@ -116,16 +116,24 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
         "chat_template.jinja",
         "code/modeling_x.py",
         "README.md",
-        "training_args.bin",
+        "onnx/config.json",
+        "original/params.json",
     ]
-    left = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf", "onnx/model.onnx", "tf_model.h5"]
-    for name in [*kept, *left, ".git/config", ".cache/x", "x.partial"]:
-        (base / name).parent.mkdir(exist_ok=True)
-        (base / name).write_bytes(b"{}" if name == "config.json" else name.encode() + bytes([0, 255]))
+    left = [
+        *("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "onnx/model.onnx", "tf_model.h5"),
+        *("training_args.bin", "trainer_state.json", "optimizer.pt", "rng_state_0.pth", "model.fp16.safetensors"),
+        *("original/consolidated.00.pth", "a/b/c/weights.safetensors", "pytorch_model-00001-of-00002.bin"),
+        *("pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "openvino/openvino_model.bin"),
+        *("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"),
+    ]
+    trainers = ["checkpoint-20/optimizer.pt", "checkpoint-20/config.json", "sub/global_step7/x.pt", "runs/now/events"]
+    for name in [*kept, *left, *trainers, ".git/config", ".cache/x", "x.partial"]:
+        (base / name).parent.mkdir(exist_ok=True, parents=True)
+        (base / name).write_bytes(b"{}" if name.endswith("config.json") else name.encode() + bytes([0, 255]))
     outcome = wl.apply(base, wl.diff(state(), state(1, 0.1)), out=tmp_path / "out")
     for name in kept:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    assert sorted(outcome.left_out) == sorted(left)
+    assert sorted(outcome.left_out) == sorted([*left, "checkpoint-20/", "sub/global_step7/", "runs/"])
     assert set(hashes(tmp_path / "out")) == {*kept, *SHARDS, "model.safetensors.index.json"}
 
 
@@ -253,7 +261,7 @@ def test_where_it_may_not_go(tmp_path: Path) -> None:
         wl.apply(base, patch, out=tmp_path / "full")
     with pytest.raises(UsageError, match="lies inside"):
         wl.apply(base, patch, out=base / "out")
-    with pytest.raises(UsageError, match="has shards"):
+    with pytest.raises(UsageError, match="has several files"):
         wl.apply(base, patch, out=tmp_path / "one.safetensors")
     with pytest.raises(UsageError):
         wl.apply(base, patch)

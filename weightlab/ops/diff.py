@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.extract.rules import EncodeRules
-from weightlab.ops.operands import ModelLike, PathLike, reading
+from weightlab.ops.operands import ModelLike, PathLike, adapters_beside, reading
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source, cautions_of
 from weightlab.sources.virtual.renamed import RenamedSource
@@ -67,7 +67,7 @@ def diff(
     with ExitStack() as stack:
         before: Source = stack.enter_context(reading(base, key=key, wait=wait))
         after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
-        cautions = [*cautions_of(before), *cautions_of(after)]
+        cautions = [*cautions_of(before), *cautions_of(after), *adapters_beside(base, tuned)]
         options.notes = "; ".join([*([options.notes] if options.notes else []), *cautions]) or None
         if renames:
             after = RenamedSource(after, renames)

@@ -10,7 +10,16 @@ from typing import Any
 
 from weightlab.errors import UsageError
 from weightlab.ops.moments import Moments, moments
-from weightlab.ops.operands import ModelLike, PathLike, base_of, model_path, names_patch, open_patches, reading
+from weightlab.ops.operands import (
+    ModelLike,
+    PathLike,
+    adapters_beside,
+    base_of,
+    model_path,
+    names_patch,
+    open_patches,
+    reading,
+)
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
@@ -114,6 +123,7 @@ def inspect(
         result.notes += cautions_of(source)
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
+        result.notes += [*adapters_beside(path), *cautions_of(source)]
         return result
 
 

@@ -12,7 +12,7 @@ from weightlab.files.digest import fingerprint
 from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import PathLike, model_path
+from weightlab.ops.operands import PathLike, adapters_beside, model_path
 from weightlab.ops.outcome import Outcome
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
@@ -80,4 +80,6 @@ def merge(
         merged = ComputedSource(method, deltas.specs, merging.begin(deltas, settings.ordered(order)))
         specs = {n: target.specs[n] for n in names}
         entry = StackEntry(delta_patch(merged, specs, specs), 1.0)
-        return write_out(base, Path(out), lambda on: [*on, (method, entry)], None, options)
+        done = write_out(base, Path(out), lambda on: [*on, (method, entry)], None, options)
+        done.notes += adapters_beside(*tuned)
+        return done

@@ -12,12 +12,14 @@ from weightlab.files.atomic import atomic_file, atomic_folder, refuse_existing
 from weightlab.ops.companions import companions, copy_companions
 from weightlab.ops.operands import PathLike, model_path, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo
-from weightlab.ops.write import SINGLE, Written, index_content, plan_files, write_files
+from weightlab.ops.output_files import index_content, local_part, plan_files
+from weightlab.ops.write import Written, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
 from weightlab.sources import Source, cautions_of
 from weightlab.sources.local import LocalSource
-from weightlab.sources.pickled import SUFFIXES as PICKLES
+from weightlab.sources.parts import PartsSource
+from weightlab.sources.pickled import PickledSource
 from weightlab.stack.guards import clean_view
 from weightlab.stack.transaction import ChangeOptions, Decide
 from weightlab.stream.executor import Resources
@@ -55,14 +57,14 @@ def write_out(
         raise UsageError(f"{out} lies inside {path}", "write to a place outside the model's folder")
     one_file = out.name.endswith(".safetensors")
     with reading(path, key=key, wait=options.wait) as source, clean_view(source, options.resources) as (clean, on):
-        local = source if isinstance(source, LocalSource) else None
-        if one_file and local is not None and local.index is not None:
-            raise UsageError(f"{path} has shards and {out.name} is one file", "give a folder as --out")
+        local = local_part(source)
+        if one_file and (isinstance(source, PartsSource) or (local is not None and not _is_one_file(local))):
+            raise UsageError(f"{path} has several files and {out.name} is one", "give a folder as --out")
         entries = sorted(decide(on), key=lambda o: o[1].patch.id)
         fitted = checked_fit(clean, [entry for _, entry in entries], options.resources)
-        files = plan_files(local, clean, fitted, _single(local, out, one_file))
+        files = plan_files(source, clean, fitted, out.name if one_file else None)
         small = {} if one_file else dict(instead or {})
-        beside, left = ([], []) if one_file or not path.is_dir() else companions(path, _files_of(local))
+        beside, left = ([], []) if one_file or not path.is_dir() else companions(path, model_files(source))
         beside = [name for name in beside if str(name) not in small]
         sizes = [f.size for f in files] + [(path / name).stat().st_size for name in beside]
         sizes += map(len, small.values())
@@ -78,8 +80,8 @@ def write_out(
             else:
                 with atomic_folder(out) as folder:
                     written = write_files(folder, files, local, clean, fitted, options)
-                    if local is not None and local.index is not None:
-                        _write_small(folder / local.anchor, index_content(local.index, files))
+                    for name, index in ({} if local is None else local.indexes).items():
+                        _write_small(folder / name, index_content(name, index, files))
                     copied = copy_companions(path, beside, folder)
                     for name, content in small.items():
                         _write_small(folder / name, content)
@@ -92,20 +94,19 @@ def write_out(
         tensors=len(fitted.targets),
         bytes_written=written.computed,
         bytes_copied=written.copied,
-        left_out=[name for name in left if local is not None or not name.endswith(PICKLES)],
+        left_out=left,
         notes=notes,
         dry_run=options.dry_run,
     )
 
 
-def _single(local: LocalSource | None, out: Path, one_file: bool) -> str:
-    if one_file:
-        return out.name
-    return SINGLE if local is None else local.anchor
+def _is_one_file(local: LocalSource) -> bool:
+    return not local.indexes and list(local.headers) == [local.anchor]
 
 
-def _files_of(local: LocalSource | None) -> Collection[str]:
-    return () if local is None else {local.anchor, *local.headers}
+def model_files(source: Source) -> Collection[str]:
+    """The model's own files, relative to its folder."""
+    return source.files if isinstance(source, LocalSource | PartsSource | PickledSource) else ()
 
 
 def _write_small(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from weightlab.adapters.config import CONFIG
 from weightlab.adapters.opening import is_adapter
 from weightlab.adapters.reading import Network
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
@@ -19,7 +20,7 @@ from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions, adapter_patch
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import network_in
 from weightlab.patches.patch import Patch, is_patch, open_patch
-from weightlab.sources import Source, open_source
+from weightlab.sources import Source, is_checkpoint, open_source
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stack.guards import clean_view, folder_of
 from weightlab.stack.state import pending
@@ -95,7 +96,7 @@ def refuse_pending(path: Path) -> None:
         raise IntegrityError(
             f"{path}: a change of it was interrupted",
             f"undo or finish it with `weightlab status {path}`",
-            [f"{place.anchor}: see {place.intent}" for place in begun],
+            begun,
         )
 
 
@@ -183,6 +184,12 @@ def _opened(operand: PatchLike, base: Base, options: AdapterOptions) -> Patch:
     if not path.exists() and name.startswith(_HUB):
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
     if not is_patch(path) and is_adapter(path):
+        if _has_adapter_beside(path):
+            raise UsageError(
+                f"{path}: holds a whole model and an adapter, and either could be meant",
+                "for the adapter, put adapter_config.json and what belongs to it into a folder of its own; "
+                f"for the model, take its difference first: weightlab diff BASE {path} -o PATCH",
+            )
         with base() as (source, network):
             patch = adapter_patch(path, source, network, options)
     else:
@@ -195,7 +202,25 @@ def names_patch(operand: PatchLike) -> bool:
     if isinstance(operand, Patch):
         return True
     path = Path(parse_patch(os.fspath(operand))[0])
-    return path.exists() and (is_patch(path) or is_adapter(path))
+    return path.exists() and (is_patch(path) or is_only_adapter(path))
+
+
+def is_only_adapter(path: Path) -> bool:
+    """Whether that is an adapter's folder; one that also has a whole model's weights is a model."""
+    return is_adapter(path) and not _has_adapter_beside(path)
+
+
+def adapters_beside(*models: ModelLike) -> list[str]:
+    """A note for each model whose folder holds an adapter too."""
+    paths = [Path(model) for model in models if not isinstance(model, Mapping)]
+    return [
+        f"{path}: the adapter that lies beside the model is left aside" for path in paths if _has_adapter_beside(path)
+    ]
+
+
+def _has_adapter_beside(path: Path) -> bool:
+    """Whether a folder holds a whole model and an adapter of PEFT."""
+    return (path / CONFIG).is_file() and is_checkpoint(path)
 
 
 def adapter_at(operand: PatchLike) -> Path | None:

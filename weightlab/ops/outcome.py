@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from weightlab.ops.companions import stale_weights
+from weightlab.sources import open_source
+from weightlab.sources.local import LocalSource
 from weightlab.stack.transaction import Changed
 
 
@@ -63,12 +67,18 @@ class Status:
 
 
 def outcome_of(model: str | os.PathLike[str], changed: Changed, dry_run: bool) -> Outcome:
-    """The report on a change in place."""
+    """The report on a change in place; names the files that hold the weights once more and stay as they were."""
+    path = Path(model)
+    stale: list[str] = []
+    if changed.tensors and changed.state.patches and path.is_dir():
+        source = open_source(path)
+        source.close()
+        stale = stale_weights(path, source.files if isinstance(source, LocalSource) else ())
     return Outcome(
         os.fspath(model),
         patches=[PatchOnInfo(p.id, p.name, p.scale) for p in changed.state.patches],
         tensors=changed.tensors,
         bytes_written=changed.bytes_written,
-        notes=changed.notes,
+        notes=changed.notes + [f"not changed: {name}, which holds weights without the patches" for name in stale],
         dry_run=dry_run,
     )

@@ -24,6 +24,7 @@ from weightlab.errors import InputError, MissingInputError, NotPatchableError, U
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file
 from weightlab.files.digest import bytes_digest
+from weightlab.files.temporary import clear_left
 from weightlab.ops.diff import diff
 from weightlab.ops.operands import model_path
 from weightlab.ops.transfer import transfer
@@ -142,7 +143,7 @@ class _Run:
         self._id = bytes_digest(json.dumps(decisive, sort_keys=True).encode())[:16]
 
     def run(self, dry_run: bool) -> Recycled:
-        self._check_place()
+        self._check_place(dry_run)
         done = Recycled(str(self._result), dry_run=dry_run)
         for step in self._steps:
             last = step is self._steps[-1]
@@ -156,11 +157,14 @@ class _Run:
                 self._step(step, last=last)
         return done
 
-    def _check_place(self) -> None:
+    def _check_place(self, dry_run: bool) -> None:
+        state, last = self._work / _STATE, self._steps[-1]
+        ours = state.exists() and json.loads(state.read_text()).get("plan") == self._id
         if self._result.exists():
+            if ours and not dry_run and not (self._work / last.name / "out").exists():
+                self._tidy(last)  # what a run left that was cut off just after its result had got its name
             raise NotPatchableError(f"{self._result} exists already", "the plan has been carried out, or name another")
-        state = self._work / _STATE
-        if state.exists() and json.loads(state.read_text()).get("plan") != self._id:
+        if state.exists() and not ours:
             raise NotPatchableError(
                 f"{self._work}: belongs to another plan, or this one was changed", "give `work` another folder"
             )
@@ -191,12 +195,15 @@ class _Run:
     def _tidy(self, step: Step) -> None:
         """Removes what only a step itself needed, if it is there."""
         for folder in (self._work / step.name / "out", self._work / step.name / "start"):
+            clear_left(folder)
             if folder.exists():
                 disk.remove_tree(folder)
+        clear_left(self._patch(step.name))
 
     def _begin(self) -> None:
         _folder(self._work)
         state = self._work / _STATE
+        clear_left(state)
         if not state.exists():
             content = json.dumps({"plan": self._id, "steps": [step.name for step in self._steps]})
             with atomic_file(state) as temporary:

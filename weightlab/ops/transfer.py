@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.adapters.opening import is_adapter
 from weightlab.errors import UsageError
 from weightlab.networks.vocabulary import vocabulary_tensors
 from weightlab.ops.alike import Names, clean_source, require_shapes, shared_names, under_target_names
@@ -15,7 +14,7 @@ from weightlab.ops.carried import Carried, carried
 from weightlab.ops.connectivity import Connectivity, connectivity
 from weightlab.ops.grown import carry_vocabulary
 from weightlab.ops.new_checkpoint import write_out
-from weightlab.ops.operands import PathLike, base_of, model_path, open_patches
+from weightlab.ops.operands import PathLike, adapters_beside, base_of, is_only_adapter, model_path, open_patches
 from weightlab.ops.outcome import Outcome
 from weightlab.ops.three import Rows, Three, row_plan
 from weightlab.patches.compute import digest_tensors
@@ -106,7 +105,7 @@ def transfer(
     options = ChangeOptions("refuse", allow_nonfinite, wait, dry_run, resources or Resources())
     round_scale(scale)
     paths = [model_path(source_base), Path(source_tuned), model_path(target_base)]
-    if is_adapter(paths[1]):
+    if is_only_adapter(paths[1]):
         return _adapter(paths, Path(out), scale, options)
     model_path(source_tuned)
     with ExitStack() as stack:
@@ -123,6 +122,7 @@ def transfer(
         if plan is not None and moved:
             tokens = plan.matched + plan.left + len(plan.new)
             done.rows = RowCounts(moved, plan.matched, plan.new, plan.left, plan.dropped, plan.rows - tokens)
+        done.notes += adapters_beside(source_base, source_tuned)
         done.kept = _integers(base, tuned, target, options.resources)
     if forecast and rows != "by-id":
         done.forecast = connectivity(source_base, source_tuned, target_base, wait=wait, resources=options.resources)

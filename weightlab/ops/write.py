@@ -6,59 +6,29 @@ header last, and the folder its name when everything in it is on the disk.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 
-from weightlab.errors import UsageError
 from weightlab.files import disk
-from weightlab.files.container import build_header, layout
 from weightlab.files.digest import Turns, tensor_hasher
 from weightlab.files.write_behind import WriteBehind
+from weightlab.ops.companions import make_parents
+from weightlab.ops.output_files import OutputFile
 from weightlab.patches.compute import Offences, check_result, compute_tile, read_clean
 from weightlab.patches.fit import Fit, Target
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Progress, run
-from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import tiles
 from weightlab.tensors.workspace import Workspace
 
 _CHUNK = 2**23
-SINGLE = "model.safetensors"
-
-
-@dataclass(slots=True)
-class OutputFile:
-    """One file of the new checkpoint.
-
-    Attributes:
-        head: all bytes before the tensors.
-        places: {name: absolute offset} of every tensor in it.
-        specs: what lies there.
-        source: the file it comes from; None where there is none (a pickle, a state dict).
-        pending: tasks that are not done.
-    """
-
-    name: str
-    head: bytes | bytearray
-    places: dict[str, int]
-    specs: dict[str, TensorSpec]
-    source: str | None
-    pending: int = 0
-    fd: int = -1
-    path: Path = field(default_factory=Path)
-
-    @property
-    def size(self) -> int:
-        return len(self.head) + sum(s.nbytes for s in self.specs.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,52 +51,6 @@ class Written:
 
     computed: int
     copied: int
-
-
-def plan_files(disk_source: LocalSource | None, clean: Source, fit: Fit, single: str) -> list[OutputFile]:
-    """What the new checkpoint's files are: those of the old one, or one file called `single`.
-
-    Added tensors go to the last file; a file that loses all its tensors is left out.
-    """
-    results = {n: t.result for n, t in fit.targets.items() if t.mode != "remove"}
-    gone = {n for n, t in fit.targets.items() if t.mode == "remove"}
-    if disk_source is None:
-        specs = {n: s for n, s in clean.specs.items() if n not in gone} | results
-        return [_built(single, specs, {"format": "pt", **clean.aliases}, None)]
-    added = {n: s for n, s in results.items() if n not in disk_source.specs}
-    files: list[OutputFile] = []
-    for file, header in disk_source.headers.items():
-        old = {n: e.spec for n, e in header.entries.items()}
-        new = {n: results.get(n, s) for n, s in old.items() if n not in gone}
-        if file == list(disk_source.headers)[-1]:
-            new |= added
-        if new == old:
-            head = os.pread(disk_source.descriptor(file), header.data_start, 0)
-            places = {n: e.offset for n, e in header.entries.items()}
-            files.append(OutputFile(file, head, places, old, file))
-        elif new:
-            files.append(_built(file, new, header.metadata, file))
-    if disk_source.index is None and files:
-        files[0].name = single
-    if not files:
-        raise UsageError("nothing would be left of the checkpoint", "leave some tensors in it with --exclude")
-    return files
-
-
-def _built(name: str, specs: dict[str, TensorSpec], metadata: Mapping[str, str], source: str | None) -> OutputFile:
-    offsets, _ = layout(specs)
-    head = build_header(specs, offsets, metadata)
-    return OutputFile(name, head, {n: len(head) + o for n, o in offsets.items()}, specs, source)
-
-
-def index_content(index: Mapping[str, Any], files: list[OutputFile]) -> bytes:
-    """The index of the new checkpoint: the old one's other entries, names, and total size."""
-    metadata = index.get("metadata")
-    total = sum(s.nbytes for f in files for s in f.specs.values())
-    tree = dict(index)
-    tree["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
-    tree["weight_map"] = {n: f.name for f in files for n in sorted(f.specs)}
-    return (json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def write_files(
@@ -166,6 +90,7 @@ class _Writer:
         }
         self._behind = WriteBehind()
         self.computed = self.copied = 0
+        self._folder = folder
         for file in files:
             file.path = folder / file.name
 
@@ -187,6 +112,7 @@ class _Writer:
 
         try:
             for file in self._files:
+                make_parents(self._folder, Path(file.name))
                 file.fd = disk.create(file.path)
                 if file.pending == 0:  # a file without a byte of tensors
                     self._finish(file)
@@ -215,7 +141,7 @@ class _Writer:
             for name in sorted(file.specs, key=file.places.__getitem__):
                 spec, place = file.specs[name], file.places[name]
                 target = self._fit.targets.get(name)
-                if target is None and self._disk is not None and file.source == self._disk.file_of[name]:
+                if target is None and self._disk is not None and file.source is not None:
                     begin = self._disk.entry(name).offset
                     if begin != run_to or place - run_at != begin - run_from:
                         yield from _copies(file, run_from, run_to, run_at)

@@ -153,22 +153,33 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
 def _twin(patch: Patch, name: str, others: Mapping[str | None, list[str]]) -> bool:
     """Whether one of the others is the same tensor of the patch's base, changed in the same way."""
     digest = patch.records[name].base_digest
-    return digest is not None and any(_same_change(patch, name, other) for other in others.get(digest, ()))
+    folder = name.rpartition("/")[0]  # one part of a model is not tied to another
+    alike = [other for other in others.get(digest, ()) if other.rpartition("/")[0] == folder]
+    return digest is not None and any(_same_change(patch, name, other) for other in alike)
 
 
 def _copies(source: Source, touched: Collection[str], exclude: Sequence[str]) -> dict[str, str]:
     """Tied tensors that the checkpoint stores twice where the patch names one: {the other: the one that is named}.
 
-    Embeddings and heads only: matrices outside the numbered layers. A checkpoint whose configuration says that its
-    embeddings are not tied has none.
+    Embeddings and heads only: matrices outside the numbered layers, of one part of the model. A part whose
+    configuration says that its embeddings are not tied has none.
     """
-    config = getattr(source, "config", {})
-    if config.get("tie_word_embeddings") is False:
-        return {}
-    loose = [n for n, s in source.specs.items() if len(s.shape) == 2 and not any(w.isdigit() for w in n.split("."))]
+    configs = getattr(source, "configs", {"": getattr(source, "config", {})})
+    untied = {part for part, config in configs.items() if config.get("tie_word_embeddings") is False}
+    loose = [
+        name
+        for name, spec in source.specs.items()
+        if len(spec.shape) == 2 and not any(w.isdigit() for w in name.split(".")) and _part(name, configs) not in untied
+    ]
     copies = Copies(source, [name for name in loose if name in touched])
     others = [name for name in loose if name not in touched and not matches(name, exclude)]
     return {other: name for other in others if (name := copies.of(other)) is not None}
+
+
+def _part(name: str, parts: Collection[str]) -> str:
+    """The part of the model that a tensor is in."""
+    folder = name.rpartition("/")[0]
+    return folder if folder in parts else ""
 
 
 def _same_change(patch: Patch, first: str, second: str) -> bool:

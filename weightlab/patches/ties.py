@@ -14,11 +14,12 @@ import torch
 from blake3 import blake3
 
 from weightlab.sources import Source
+from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import tiles
 
 _CHUNK = 2**21
 _GLANCE = 4096
-_Kind: TypeAlias = tuple[str, tuple[int, ...]]
+_Kind: TypeAlias = tuple[str, tuple[int, ...], str]
 
 
 def same_bytes(source: Source, name: str, other: str) -> bool:
@@ -32,6 +33,10 @@ def same_bytes(source: Source, name: str, other: str) -> bool:
         if not torch.equal(first, second):
             return False
     return True
+
+
+def _kind(name: str, spec: TensorSpec) -> _Kind:
+    return spec.dtype, spec.shape, name.rpartition("/")[0]
 
 
 class Copies:
@@ -50,17 +55,18 @@ class Copies:
         for name in candidates:
             spec = source.specs.get(name)
             if spec is not None and len(spec.shape) == 2 and spec.numel:
-                self._kinds.setdefault((spec.dtype, spec.shape), []).append(name)
+                self._kinds.setdefault(_kind(name, spec), []).append(name)
         self._alike: dict[_Kind, dict[bytes, list[str]]] = {}
         self._digests: dict[str, bytes] = {}
 
     def of(self, name: str) -> str | None:
         """The first candidate that a tensor is a redundant copy of; None when there is none.
 
-        Only matrices whose elements differ count: constant tensors are equal by chance, not by tying.
+        Only matrices whose elements differ count: constant tensors are equal by chance, not by tying. Nor are tensors
+        of two parts of a model (`text_encoder/…`, `text_encoder_2/…`) tied to one another.
         """
         spec = self._source.specs.get(name)
-        kind = None if spec is None else (spec.dtype, spec.shape)
+        kind = None if spec is None else _kind(name, spec)
         if kind is None or all(other == name for other in self._kinds.get(kind, ())):
             return None
         if kind not in self._alike:

@@ -8,9 +8,22 @@ from typing import Protocol
 
 from torch import Tensor
 
-from weightlab.errors import MissingInputError
+from weightlab.errors import InputError, MissingInputError
 from weightlab.registry import Registry
+from weightlab.sources._choice import is_adapter_file
+from weightlab.sources._training import is_training_file
 from weightlab.tensors.spec import TensorSpec
+
+__all__ = [
+    "SOURCES",
+    "Source",
+    "SourceKind",
+    "cautions_of",
+    "is_adapter_file",
+    "is_checkpoint",
+    "is_training_file",
+    "open_source",
+]
 
 
 class Source(Protocol):
@@ -50,6 +63,14 @@ class SourceKind(Protocol):
 SOURCES: Registry[SourceKind] = Registry("weightlab.sources", "SOURCE", "source")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint at that path which can be told from all else there."""
+    try:
+        return any(SOURCES.get(name).claims(path) for name in SOURCES.names())
+    except InputError:
+        return False
+
+
 def open_source(path: Path, key: str | None = None) -> Source:
     """Opens a checkpoint on disk with the kind of source that claims it.
 
@@ -62,11 +83,15 @@ def open_source(path: Path, key: str | None = None) -> Source:
         kind = SOURCES.get(name)
         if kind.claims(path):
             return kind.open(path, key)
-    what = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
+    what = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    if any(is_adapter_file(name) for name in what):
+        raise MissingInputError(
+            f"{path}: holds an adapter, and no model", f"give it as a patch for its base: weightlab apply BASE {path}"
+        )
     raise MissingInputError(
         f"{path}: no checkpoint found",
         "give a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder with one",
-        [f"holds {', '.join(what) or 'nothing'}"],
+        [f"holds {', '.join(what[:8]) or 'nothing'}"],
     )
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsupportedFormatError
 from weightlab.files.foreign import plain_names, read_json
+from weightlab.sources._choice import PICKLE_INDEX, PICKLES, pickle_in
 from weightlab.sources._quantised import opaque_names, read_config
 from weightlab.sources._torch_file import TorchFile, Unreadable, is_tensor
 from weightlab.sources._unpickling import Item, Persistent
 from weightlab.sources.virtual.memory import MemorySource
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".tar")
-_INDEX = ".bin.index.json"
+SUFFIXES = PICKLES
+_INDEX = PICKLE_INDEX
 _USUAL_KEYS = ("state_dict", "model", "model.state_dict", "model_state_dict", "module")
 # Words in keys of what holds tensors and is no model.
 _TRAINING = frozenset(("optim", "optimizer", "optimizers", "scheduler", "schedulers", "scaler", "rng"))
@@ -97,17 +98,7 @@ class _Pickled:
 def _find(path: Path) -> Path | None:
     if path.is_file():
         return path if path.name.endswith((*SUFFIXES, _INDEX)) else None
-    for names in ((f"pytorch_model{_INDEX}",), ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt")):
-        for name in names:
-            if (path / name).is_file():
-                return path / name
-    rest = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-    rest = [p for p in rest if p.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]
-    if len(rest) > 1:
-        raise MalformedFileError(
-            f"{path}: {len(rest)} files could be the model", "give the path of one", [p.name for p in rest]
-        )
-    return rest[0] if rest else None
+    return pickle_in(path)
 
 
 @dataclass(frozen=True, slots=True)
