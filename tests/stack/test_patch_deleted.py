@@ -59,7 +59,7 @@ def cut_off(path: Path) -> None:
     os.truncate(path, 10)
 
 
-def without_links(*_: object) -> None:
+def without_links(*_: object, **__: object) -> None:
     raise OSError(errno.EPERM, "no links here")
 
 

@@ -6,18 +6,14 @@ removes it: a temporary that is in use is locked, one that is not was abandoned.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from glob import escape
+from contextlib import contextmanager
 from pathlib import Path
 
 from weightlab.errors import NotPatchableError, StorageError
 from weightlab.files import disk
-
-SUFFIX = ".partial"
+from weightlab.files.temporary import temporary_folder
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
@@ -35,42 +31,8 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
         raise StorageError(f"{path.absolute().parent}: no such folder", "make the folder first")
 
 
-def _temporary(path: Path) -> Path:
-    parent = path.absolute().parent
-    for left in parent.glob(f".{escape(path.name)}.*{SUFFIX}"):
-        try:
-            fd = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # it became its output just now
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # in use by another run, or no locks here: not ours to remove
-            continue
-        else:
-            disk.remove_tree(left) if left.is_dir() else disk.unlink(left)
-        finally:
-            os.close(fd)
-    return parent / f".{path.name}.{secrets.token_hex(4)}{SUFFIX}"
-
-
-@contextmanager
-def _locked_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, locked as in use, and removed when the block does not end well."""
-    temporary = _temporary(path)
-    fd = -1
-    try:
-        disk.make_folder(temporary)
-        fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):  # where there are no locks, nothing that is left behind is removed either
-            fcntl.flock(fd, fcntl.LOCK_SH)
-        yield temporary
-    except BaseException:
-        if temporary.is_dir():
-            disk.remove_tree(temporary)
-        raise
-    finally:
-        if fd >= 0:
-            os.close(fd)
+def _inside(folder: Path, path: Path) -> Path:
+    return folder / (path.name if path.name not in ("", "..") else "content")
 
 
 @contextmanager
@@ -80,7 +42,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Every file in it is synced before the rename. `path` may be an empty folder.
     """
     refuse_existing(path)
-    with _locked_folder(path) as temporary:
+    with temporary_folder(path) as home:
+        temporary = _inside(home, path)
+        disk.make_folder(temporary)
         yield temporary
         sync_tree(temporary)
         disk.rename(temporary, path.absolute())
@@ -97,12 +61,11 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing(path, overwrite=overwrite)
     if path.is_dir():
         raise NotPatchableError(f"{path} is a folder", "give the name of a file")
-    with _locked_folder(path) as folder:
-        temporary = folder / path.name
+    with temporary_folder(path) as home:
+        temporary = _inside(home, path)
         yield temporary
         disk.sync_path(temporary)
         disk.rename(temporary, path.absolute())
-        disk.remove_folder(folder)
     disk.sync_folder(path.absolute().parent)
 
 
@@ -122,17 +85,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a small file whole: temporary, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
-    fd = disk.create(temporary)
-    try:
+    """Writes a small file whole, in the place of one that may be there."""
+    with atomic_file(path, overwrite=True) as temporary:
+        fd = disk.create(temporary)
         try:
             disk.write_at(fd, content, 0, temporary)
-            disk.sync_file(fd, temporary)
         finally:
             os.close(fd)
-        disk.rename(temporary, path)
-    except BaseException:
-        disk.unlink(temporary, missing_ok=True)
-        raise
-    disk.sync_folder(path.parent)

@@ -1,5 +1,8 @@
 """The system calls that change files, in one place, so that errors have one face and a test can record every one.
 
+Where a function takes `within`, that is the descriptor of the folder which the path's last name is looked up in: the
+rest of the path is only what to call it, and no link in it can be swapped in meanwhile.
+
 Data is written at known offsets with short writes continued. A failed fsync is never tried again: after it the
 kernel may have dropped the pages, and a second fsync that succeeds proves nothing.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,7 @@ finished: Counter[str] = Counter()
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _COPY_CHUNK = 2**23
+_DEEPEST = 200
 
 
 def _saw(operation: str, *arguments: Any) -> None:
@@ -35,33 +39,43 @@ def _saw(operation: str, *arguments: Any) -> None:
         observer(operation, *arguments)
 
 
+def storage_error(path: os.PathLike[str] | str, error: OSError) -> StorageError:
+    """An OSError as a `StorageError` that names the path and the cause."""
+    if error.errno == errno.EFBIG:
+        cause, remedy = "the file size limit is reached", "raise `ulimit -f`"
+    elif error.errno in _FULL:
+        cause, remedy = _FULL[error.errno], "free some space, or write elsewhere"
+    else:
+        cause, remedy = error.strerror or str(error), "check the path, its permissions and its file system"
+    return StorageError(f"{path}: {cause}", remedy)
+
+
 @contextmanager
 def storage_errors(path: os.PathLike[str] | str) -> Iterator[None]:
-    """Turns an OSError into a `StorageError` that names the path and the cause."""
+    """Turns an OSError into a `StorageError`."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.EFBIG:
-            cause, remedy = "the file size limit is reached", "raise `ulimit -f`"
-        elif error.errno in _FULL:
-            cause, remedy = _FULL[error.errno], "free some space, or write elsewhere"
-        else:
-            cause, remedy = error.strerror or str(error), "check the path, its permissions and its file system"
-        raise StorageError(f"{path}: {cause}", remedy) from error
+        raise storage_error(path, error) from error
 
 
-def create(path: Path) -> int:
+def _in(path: Path, within: int | None) -> Path | str:
+    return path if within is None else path.name
+
+
+def create(path: Path, *, within: int | None = None) -> int:
     """Opens a new file for reading and writing, with the umask's mode; it must not exist."""
     with storage_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(_in(path, within), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=within)
     _saw("create", path)
     return fd
 
 
-def open_existing(path: Path) -> int:
-    """Opens a file for writing in place; symbolic links are refused by the system."""
+def open_existing(path: Path, *, within: int | None = None) -> int:
+    """Opens a file for writing in place; symbolic links are refused by the system, and no FIFO is waited for."""
     with storage_errors(path):
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(_in(path, within), flags, dir_fd=within)
 
 
 def write_at(fd: int, data: Buffer, offset: int, path: Path) -> None:
@@ -109,27 +123,31 @@ def sync_early(fd: int, path: Path) -> None:
         os.fdatasync(fd)
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: Path, *, opened: int | None = None) -> None:
+    """Syncs a folder. `opened`: its descriptor, where the caller has one."""
     with storage_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if opened is None else opened
         try:
             os.fsync(fd)
         finally:
-            os.close(fd)
+            if opened is None:
+                os.close(fd)
     _saw("sync_folder", path)
 
 
-def rename(old: Path, new: Path) -> None:
+def rename(old: Path, new: Path, *, within: int | None = None, to: int | None = None) -> None:
+    """Renames. `within`: the descriptor of the old folder; `to`: of the new one, where it is another."""
+    target = within if to is None else to
     with storage_errors(new):
-        os.rename(old, new)
+        os.rename(_in(old, within), _in(new, target), src_dir_fd=within, dst_dir_fd=target)
     finished["rename"] += 1
     _saw("rename", old, new)
 
 
-def unlink(path: Path, *, missing_ok: bool = False) -> None:
+def unlink(path: Path, *, missing_ok: bool = False, within: int | None = None) -> None:
     with storage_errors(path):
         try:
-            os.unlink(path)
+            os.unlink(_in(path, within), dir_fd=within)
         except FileNotFoundError:
             if missing_ok:
                 return
@@ -137,33 +155,57 @@ def unlink(path: Path, *, missing_ok: bool = False) -> None:
     _saw("unlink", path)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, *, within: int | None = None) -> None:
     """Makes one folder; its parent must exist. One that exists is left alone."""
     with storage_errors(path):
         try:
-            os.mkdir(path)
+            os.mkdir(_in(path, within), dir_fd=within)
         except FileExistsError:
             return
     _saw("mkdir", path)
 
 
-def remove_folder(path: Path) -> None:
+def remove_folder(path: Path, *, within: int | None = None) -> None:
     """Removes an empty folder."""
     with storage_errors(path):
-        os.rmdir(path)
+        os.rmdir(_in(path, within), dir_fd=within)
     _saw("rmdir", path)
 
 
-def remove_tree(path: Path) -> None:
+def remove_tree(path: Path, *, within: int | None = None, last: str | None = None) -> None:
+    """Removes a folder and all that is in it, through descriptors: links in it go, and what they lead to stays.
+
+    Args:
+        last: the name of a file in it that goes after everything else.
+    """
     with storage_errors(path):
-        shutil.rmtree(path)
+        _remove_tree(_in(path, within), within, last, 0)
     _saw("rmtree", path)
 
 
-def hard_link(source: Path, target: Path) -> bool:
-    """Gives `source` a second name; False where the file system or its rules do not allow it."""
+def _remove_tree(name: Path | str, within: int | None, last: str | None, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise OSError(errno.ELOOP, "folders lie in one another too deep to be removed")
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=within)
     try:
-        os.link(os.path.realpath(source), target)  # of the file itself, where it is a symbolic link
+        for inner in sorted(os.listdir(fd), key=lambda n: n == last):
+            if stat.S_ISDIR(os.stat(inner, dir_fd=fd, follow_symlinks=False).st_mode):
+                _remove_tree(inner, fd, None, depth + 1)
+            else:
+                os.unlink(inner, dir_fd=fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=within)
+
+
+def hard_link(source: Path, target: Path, *, within: int | None = None) -> bool:
+    """Gives `source` a second name; False where the file system or its rules do not allow it.
+
+    Args:
+        within: the descriptor of the target's folder.
+    """
+    try:  # of the file itself, where it is a symbolic link
+        os.link(os.path.realpath(source), _in(target, within), dst_dir_fd=within, follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.ENOSYS):
             return False
@@ -196,9 +238,13 @@ def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length:
     _saw("copy", path, begin, size)
 
 
-def copy_file(source: Path, target: Path) -> int:
-    """Copies a whole file to one that does not exist yet; returns its size."""
-    fd = create(target)
+def copy_file(source: Path, target: Path, *, within: int | None = None) -> int:
+    """Copies a whole file to one that does not exist yet; returns its size.
+
+    Args:
+        within: the descriptor of the target's folder.
+    """
+    fd = create(target, within=within)
     try:
         with storage_errors(source), source.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -208,10 +254,10 @@ def copy_file(source: Path, target: Path) -> int:
     return size
 
 
-def sync_path(path: Path) -> None:
+def sync_path(path: Path, *, within: int | None = None) -> None:
     """Syncs a file by name."""
     with storage_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(_in(path, within), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=within)
     try:
         sync_file(fd, path)
     finally:

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from weightlab.errors import BusyError, NotPatchableError
-from weightlab.files.disk import storage_errors
+from weightlab.files.disk import storage_error
+from weightlab.files.folder import Folder, open_folder
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
-def folder_lock(folder: Path, *, exclusive: bool, wait: float = 0.0) -> Iterator[None]:
+def folder_lock(folder: Path, *, exclusive: bool, wait: float = 0.0) -> Iterator[Folder]:
     """Holds the lock of `folder`: exclusive for a writer, shared for a reader.
 
     Args:
         wait: seconds to wait for another process before giving up.
 
+    Returns:
+        the open folder: what its holder changes, it changes in the very folder that is locked.
+
     Raises:
         BusyError: another process holds it.
         NotPatchableError: the file system has no working locks and a writer asked (a reader goes on without).
     """
-    with storage_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with open_folder(folder) as opened:
         deadline = time.monotonic() + wait
         while True:
             try:
-                fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                fcntl.flock(opened.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -46,13 +47,11 @@ def folder_lock(folder: Path, *, exclusive: bool, wait: float = 0.0) -> Iterator
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
-                    raise
+                    raise storage_error(folder, error) from error
                 if exclusive:
                     raise NotPatchableError(
                         f"{folder}: its file system has no working locks, so it cannot be changed in place",
                         "write a new checkpoint with --out",
                     ) from error
                 break
-        yield
-    finally:
-        os.close(fd)
+        yield opened

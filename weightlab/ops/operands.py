@@ -95,7 +95,7 @@ def refuse_pending(path: Path) -> None:
         raise IntegrityError(
             f"{path}: a change of it was interrupted",
             f"undo or finish it with `weightlab status {path}`",
-            [f"{place.anchor}: see {place.intent}" for place in begun],
+            begun,
         )
 
 

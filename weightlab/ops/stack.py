@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,33 @@ from weightlab.errors import (
     InputError,
     IntegrityError,
     MissingInputError,
+    NotPatchableError,
     StackError,
+    StorageError,
     UsageError,
     WeightlabError,
 )
+from weightlab.files.folder import open_folder
 from weightlab.files.lock import folder_lock
 from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, model_path, parse_patch, reading
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
+from weightlab.stack.elsewhere import refuse_elsewhere
 from weightlab.stack.forget import forget
-from weightlab.stack.guards import On, check_unchanged, folder_of, recorded, recover_all, refuse_gone, unreadable
-from weightlab.stack.state import StackState, StatePlace, pending, places
+from weightlab.stack.garbage import untidy
+from weightlab.stack.guards import (
+    On,
+    check_unchanged,
+    folder_of,
+    recorded,
+    recover_all,
+    refuse_gone,
+    state_of,
+    unreadable,
+)
+from weightlab.stack.records import StackState
+from weightlab.stack.state import FOLDER, ORIGINALS, StatePlace, pending, places
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
@@ -75,7 +89,9 @@ def remove(
 
 
 def _forget(path: Path, wait: float) -> list[str]:
-    if not path.exists() and not places(folder_of(path)):  # while a change is interrupted, the file may be missing
+    if not path.exists() and not os.path.lexists(
+        folder_of(path) / FOLDER
+    ):  # while a change is interrupted, the file may be missing
         raise MissingInputError(f"{path}: no such file or folder", "check the path")
     return forget(path, wait) or ["nothing was on it"]
 
@@ -117,46 +133,68 @@ def status(model: PathLike, *, dry_run: bool = False, wait: float = 0.0, resourc
     """
     resources = resources or Resources()
     path = Path(model)
-    notes: list[str] = []
     folder = folder_of(path)
-    if folder.is_dir() and not dry_run:
-        if pending(folder):
-            with folder_lock(folder, exclusive=True, wait=wait):
-                notes = recover_all(folder, resources)
-        elif any(not place.read_stack().patches for place in places(folder)):
-            # Left by a change that ended before it began, unless it is under way just now.
-            with suppress(BusyError), folder_lock(folder, exclusive=True):
-                recover_all(folder, resources)
+    notes = _put_in_order(folder, wait, resources) if folder.is_dir() and not dry_run else []
     try:
-        with reading(model_path(path), wait=wait) as source:
-            refuse_gone(path)
+        with reading(model_path(path), wait=wait) as source, open_folder(folder) as checkpoint:
+            refuse_gone(path, checkpoint)
             if not isinstance(source, LocalSource):
                 return Status(os.fspath(model), notes=notes)
             return _status(os.fspath(model), source, notes, resources)
     except (InputError, IntegrityError) as error:
-        found = None if pending(folder) else recorded(path)
-        if found is None:
+        if not folder.is_dir() or pending(folder):
             raise
-        place, state = found
-        wrong = error if isinstance(error, IntegrityError) else unreadable(path, place, error)
-        kept = sum(f.stat().st_size for f in place.originals.iterdir()) if place.originals.is_dir() else 0
-        return Status(os.fspath(model), _on(state), len(state.tensors), kept, False, [*notes, *_lines(wrong)])
+        with open_folder(folder) as checkpoint:
+            found = recorded(path, checkpoint)
+            if found is None:
+                raise
+            place, state = found
+            wrong = error if isinstance(error, IntegrityError) else unreadable(path, place, error)
+            return Status(
+                os.fspath(model), _on(state), len(state.tensors), _kept(place), False, [*notes, *_lines(wrong)]
+            )
+
+
+def _put_in_order(folder: Path, wait: float, resources: Resources) -> list[str]:
+    """Ends what was interrupted in a folder, and removes what killed runs left. Returns what was done."""
+    if pending(folder):
+        with folder_lock(folder, exclusive=True, wait=wait) as checkpoint:
+            return recover_all(checkpoint, resources)
+    with open_folder(folder) as checkpoint:
+        left = untidy(checkpoint)
+    if left:  # by a change that ended before it began, unless it is under way just now
+        try:
+            with folder_lock(folder, exclusive=True) as checkpoint:
+                return recover_all(checkpoint, resources)
+        except BusyError:
+            return []
+        except (NotPatchableError, StorageError) as error:  # no locks, or a disk that is only read
+            return [f"what an interrupted run left is still there: {error.message}"]
+    return []
+
+
+def _kept(place: StatePlace) -> int:
+    with place.opened(ORIGINALS) as originals:
+        found = [] if originals is None else [originals.look(name) for name in originals.names()]
+    return sum(f.st_size for f in found if f is not None)
 
 
 def _status(model: str, source: LocalSource, notes: list[str], resources: Resources) -> Status:
-    state = StatePlace(source.folder, source.anchor).read_stack()
+    state = state_of(source)
     intact = True
     try:
+        refuse_elsewhere(Path(model), source)
         check_unchanged(Path(model), source, state, resources)
     except IntegrityError as error:
         intact = False
         notes = [*notes, *_lines(error)]
     if Path(model).is_dir():
-        notes += [
-            f"patches are on {p.anchor} beside it: see `weightlab status {p.checkpoint / p.anchor}`"
-            for p in places(Path(model))
-            if p.anchor != source.anchor and p.read_stack().patches
-        ]
+        with open_folder(Path(model)) as checkpoint:
+            notes += [
+                f"patches are on {p.anchor} beside it: see `weightlab status {Path(model) / p.anchor}`"
+                for p in places(checkpoint)
+                if p.anchor != source.anchor and p.read_stack().patches
+            ]
     kept = sum(source.specs[n].nbytes for n in state.tensors if n in source.specs)
     return Status(model, _on(state), len(state.tensors), kept, intact, notes)
 

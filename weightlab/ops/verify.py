@@ -13,8 +13,7 @@ from weightlab.patches.compute import digest_tensors
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource
-from weightlab.stack.guards import clean_view
-from weightlab.stack.state import StatePlace
+from weightlab.stack.guards import clean_view, state_of
 from weightlab.stream.executor import Resources
 
 
@@ -77,7 +76,7 @@ def _checkpoint(path: str, source: Source, resources: Resources) -> Verified:
         found.bytes = sum(spec.nbytes for spec in source.specs.values())
         if not on or not isinstance(source, LocalSource):
             return found
-        touched = StatePlace(source.folder, source.anchor).read_stack().tensors
+        touched = state_of(source).tensors
         for _, entry in on:
             entry.patch.verify(resources)
         found.clean = fingerprint(digests | {name: known.clean for name, known in touched.items()})

@@ -72,6 +72,10 @@ class Patch:
         """{file name: path} of the files it lies in, the index included."""
         return dict(self._files.paths)
 
+    def opened_files(self) -> dict[str, os.stat_result]:
+        """{file name: what is open}: which file that is, whatever lies under its path by now."""
+        return {name: os.fstat(fd) for name, fd in self._files.descriptors.items()}
+
     @property
     def records(self) -> Mapping[str, Record]:
         return self.header.tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,14 +38,14 @@ class LocalSource:
         anchor: Path,
         headers: dict[str, Header],
         index: dict[str, object] | None,
-        suffixes: Mapping[str, str] = MappingProxyType({}),
+        now: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.path: Path | None = path
         self.label = str(path)
         self.folder = anchor.parent
         self.anchor = anchor.name
         self.headers = headers
-        self.paths = {file: anchor.parent / (file + suffixes.get(file, "")) for file in headers}
+        self.paths = {file: anchor.parent / now.get(file, file) for file in headers}
         self.index = index
         self.file_of: dict[str, str] = {}
         self._entries: dict[str, Entry] = {}
@@ -120,18 +120,18 @@ def open_local(path: Path) -> LocalSource:
     return SOURCE.open(path, None)
 
 
-def open_anchor(path: Path, anchor: Path, set_aside: str = "") -> LocalSource:
+def open_anchor(path: Path, anchor: Path, set_aside: Callable[[str], str] | None = None) -> LocalSource:
     """Opens the checkpoint that a safetensors file or an index stands for.
 
     Args:
         path: what the user named; for messages.
-        set_aside: files that lie under their name with this suffix are read there.
+        set_aside: what a file is called while it is set aside; those that are there under that name are read there.
     """
     if anchor.name.endswith(INDEX_SUFFIX):
         return _open_sharded(path, anchor, set_aside)
-    suffixes = _suffixes(anchor.parent, [anchor.name], set_aside)
-    header = read_header(anchor.parent / (anchor.name + suffixes[anchor.name]))
-    return LocalSource(path, anchor, {anchor.name: header}, None, suffixes)
+    now = _names_now(anchor.parent, [anchor.name], set_aside)
+    header = read_header(anchor.parent / now[anchor.name])
+    return LocalSource(path, anchor, {anchor.name: header}, None, now)
 
 
 def shards_in(index: Path) -> frozenset[str]:
@@ -144,11 +144,12 @@ def shards_in(index: Path) -> frozenset[str]:
     return frozenset(str(v) for v in weight_map.values()) if isinstance(weight_map, dict) else frozenset()
 
 
-def _suffixes(folder: Path, files: Iterable[str], set_aside: str) -> dict[str, str]:
-    return {f: set_aside if set_aside and (folder / (f + set_aside)).is_file() else "" for f in files}
+def _names_now(folder: Path, files: Iterable[str], set_aside: Callable[[str], str] | None) -> dict[str, str]:
+    aside = {} if set_aside is None else {f: set_aside(f) for f in files}
+    return {f: aside[f] if f in aside and (folder / aside[f]).is_file() else f for f in files}
 
 
-def _open_sharded(path: Path, anchor: Path, set_aside: str) -> LocalSource:
+def _open_sharded(path: Path, anchor: Path, set_aside: Callable[[str], str] | None) -> LocalSource:
     try:
         index = strict_json(anchor.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -162,15 +163,15 @@ def _open_sharded(path: Path, anchor: Path, set_aside: str) -> LocalSource:
         raise MalformedFileError(
             f"{anchor}: points outside its folder", "do not use this file", [repr(f) for f in outside]
         )
-    suffixes = _suffixes(anchor.parent, files, set_aside)
-    missing = [f for f in files if not (anchor.parent / (f + suffixes[f])).is_file()]
+    now = _names_now(anchor.parent, files, set_aside)
+    missing = [f for f in files if not (anchor.parent / now[f]).is_file()]
     if missing:
         raise MissingInputError(
             f"{anchor}: {len(missing)} of {len(files)} shards are missing", "get the missing files", missing
         )
-    headers = {f: read_header(anchor.parent / (f + suffixes[f])) for f in files}
+    headers = {f: read_header(anchor.parent / now[f]) for f in files}
     _check_index(anchor, weight_map, headers)
-    return LocalSource(path, anchor, headers, index, suffixes)
+    return LocalSource(path, anchor, headers, index, now)
 
 
 def _check_index(anchor: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:

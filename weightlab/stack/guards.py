@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightlab.errors import IntegrityError, MissingInputError, NotPatchableError, WeightlabError
+from weightlab.files.folder import Folder, open_folder
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry
 from weightlab.sources import Source
 from weightlab.sources.local import INDEX_SUFFIX, LocalSource, find_anchor, shards_in
 from weightlab.stack import journal
+from weightlab.stack.clean import CleanSource
+from weightlab.stack.elsewhere import refuse_elsewhere
+from weightlab.stack.garbage import collect, tidy
+from weightlab.stack.records import StackState
 from weightlab.stack.signals import uninterrupted
-from weightlab.stack.state import CleanSource, StackState, StatePlace, entries_of, pending, places
+from weightlab.stack.state import StatePlace, entries_of, pending, places
 from weightlab.stream.executor import Resources
 
 On: TypeAlias = tuple[str, StackEntry]
@@ -32,31 +37,33 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.absolute().parent
 
 
-def recover_all(folder: Path, resources: Resources) -> list[str]:
-    """Ends whatever was interrupted in a folder; the caller holds the exclusive lock. Returns what was done."""
+def recover_all(checkpoint: Folder, resources: Resources) -> list[str]:
+    """Ends whatever was interrupted in a folder, and removes what killed runs left in `.weightlab`.
+
+    The caller holds the exclusive lock. Returns what was done.
+    """
     notes: list[str] = []
-    for place in places(folder):
+    for place in places(checkpoint):
         with uninterrupted():
             done = journal.recover(place, resources)
             if done is None:
-                journal.collect_garbage(place)
+                collect(place)
         if done is not None:
             notes.append(f"{place.anchor}: {done}")
+    tidy(checkpoint)
     return notes
 
 
-def place_of(path: Path) -> StatePlace:
-    """The place of a checkpoint's state.
+def place_of(path: Path, checkpoint: Folder) -> StatePlace:
+    """The place of a checkpoint's state. `checkpoint`: the open folder that it lies in.
 
     Raises:
         NotPatchableError: it cannot be changed in place; says why.
         IntegrityError: a change was interrupted and has not been undone, or the files are gone that patches are on.
     """
-    folder = folder_of(path)
-    begun = pending(folder)
-    if begun:
+    if pending(checkpoint.path):
         raise IntegrityError(f"{path}: a change of it was interrupted", "run the command without --dry-run")
-    refuse_gone(path)
+    refuse_gone(path, checkpoint)
     anchor = find_anchor(path)
     if anchor is None:
         if not path.exists():
@@ -64,29 +71,31 @@ def place_of(path: Path) -> StatePlace:
         raise NotPatchableError(
             f"{path}: only safetensors checkpoints are changed in place", "write a new checkpoint with --out"
         )
-    resolved = folder.resolve()
-    if any(p.startswith("models--") and "snapshots" in resolved.parts[i:] for i, p in enumerate(resolved.parts)):
+    parts = checkpoint.path.parts
+    if any(p.startswith("models--") and "snapshots" in parts[i:] for i, p in enumerate(parts)):
         raise NotPatchableError(
             f"{path}: a snapshot in the Hub's cache is never changed in place: other programs rely on it",
             "write a new checkpoint with --out",
         )
+    place = StatePlace(checkpoint, anchor.name)
     owners = [
         index.name
-        for index in sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+        for index in sorted(checkpoint.path.glob(f"*{INDEX_SUFFIX}"))
         if index.name != anchor.name and anchor.name in shards_in(index)
     ]
-    if owners:
-        raise NotPatchableError(f"{path}: one shard of a larger checkpoint", f"give the folder {folder}", owners)
-    return StatePlace(resolved, anchor.name)
+    if owners and not place.read_stack().patches:  # those that went on before the index came can come off
+        raise NotPatchableError(
+            f"{path}: one shard of a larger checkpoint", f"give the folder {folder_of(path)}", owners
+        )
+    return place
 
 
-def recorded(path: Path) -> tuple[StatePlace, StackState] | None:
+def recorded(path: Path, checkpoint: Folder) -> tuple[StatePlace, StackState] | None:
     """What is recorded as being on the checkpoint at `path`, whether or not its files can be read; None: nothing."""
-    folder = folder_of(path)
-    named = [p for p in places(folder) if path.is_dir() or p.anchor == path.name]
+    named = [p for p in places(checkpoint) if path.is_dir() or p.anchor == path.name]
     known = [(place, state) for place in named if (state := place.read_stack()).patches]
     for place, state in known:
-        if not (folder / place.anchor).is_file():
+        if not place.has_anchor():
             return place, state
     anchor = find_anchor(path) if known else None
     return next((found for found in known if anchor is not None and found[0].anchor == anchor.name), None)
@@ -98,17 +107,17 @@ def unreadable(path: Path, place: StatePlace, why: WeightlabError | None = None)
     Args:
         why: what opening it met; not needed where the file or index itself is gone.
     """
-    if why is None or not (place.checkpoint / place.anchor).is_file():
+    if why is None or not place.has_anchor():
         return IntegrityError(_CHANGED.format(path), REMEDY.format(path), [f"{place.anchor}: not there any more"])
     return IntegrityError(_CHANGED.format(path), REMEDY.format(path), [why.message, *why.offenders])
 
 
-def refuse_gone(path: Path) -> None:
+def refuse_gone(path: Path, checkpoint: Folder) -> None:
     """Raises:
     IntegrityError: patches are on a file or index that is gone, as after a model was saved over it in another form.
     """
-    found = recorded(path)
-    if found is not None and not (found[0].checkpoint / found[0].anchor).is_file():
+    found = recorded(path, checkpoint)
+    if found is not None and not found[0].has_anchor():
         raise unreadable(path, found[0])
 
 
@@ -156,17 +165,26 @@ def clean_view(source: Source, resources: Resources) -> Iterator[tuple[Source, l
         IntegrityError: the files, or the clean bytes that are kept, are not as weightlab left them.
     """
     if source.path is not None:
-        refuse_gone(source.path)
+        with open_folder(folder_of(source.path)) as checkpoint:
+            refuse_gone(source.path, checkpoint)
     if not isinstance(source, LocalSource):
         yield source, []
         return
-    place = StatePlace(source.folder, source.anchor)
-    state = place.read_stack()
-    check_unchanged(Path(source.label), source, state, resources)
-    on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]
-    clean = CleanSource(source, place.originals, state.tensors)
+    with open_folder(source.folder) as checkpoint:
+        place = StatePlace(checkpoint, source.anchor)
+        state = place.read_stack()
+        refuse_elsewhere(Path(source.label), source)
+        check_unchanged(Path(source.label), source, state, resources)
+        on = [(record.name, entry) for record, entry in zip(state.patches, entries_of(place, state), strict=True)]
+        clean = CleanSource(source, place, state.tensors)
     try:
         check_kept(Path(source.label), clean, state, state.tensors, resources)
         yield clean, on
     finally:
         clean.close()
+
+
+def state_of(source: LocalSource) -> StackState:
+    """What is recorded as being on a checkpoint under its own name."""
+    with open_folder(source.folder) as checkpoint:
+        return StatePlace(checkpoint, source.anchor).read_stack()

@@ -18,23 +18,34 @@ the old state cannot be computed any more and the new one can: a damaged patch w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from weightlab.errors import IntegrityError
+from weightlab.errors import InputError, IntegrityError
 from weightlab.files import disk
-from weightlab.files.atomic import replace_file
 from weightlab.files.digest import Turns, tensor_hasher
+from weightlab.files.temporary import fitting
 from weightlab.patches.compute import Offences, compute_tile, read_clean
 from weightlab.patches.fit import Target, fit
 from weightlab.sources import Source
 from weightlab.sources.local import LocalSource, open_anchor
-from weightlab.stack.state import FOLDER, CleanSource, Intent, StackState, StatePlace, entries_of, text_of
+from weightlab.stack.clean import CleanSource
+from weightlab.stack.garbage import collect
+from weightlab.stack.records import DROP, Intent, StackState, text_of
+from weightlab.stack.state import INTENT, STACK, StatePlace, entries_of
 from weightlab.stream.executor import Progress, Resources, run
 from weightlab.tensors.tiles import tiles
 from weightlab.tensors.workspace import Workspace
 
 BUSY = ".weightlab-busy"
+
+_FINISHED = "finished a change that was interrupted"
+
+
+def busy_name(file: str) -> str:
+    """What a shard is called while it is set aside, in the folder in which it lies."""
+    above, slash, name = file.rpartition("/")
+    return above + slash + fitting(name, after=BUSY)
 
 
 def results(
@@ -92,14 +103,22 @@ def results(
 
 def begin(place: StatePlace, intent: Intent) -> None:
     """Steps 4 and the first half of 5: records the intent and sets the shards aside."""
-    replace_file(place.intent, text_of(intent))
+    with place.made() as folder:
+        folder.replace(INTENT, text_of(intent))
     _set_aside(place, intent.shards)
 
 
 def _set_aside(place: StatePlace, shards: Sequence[str]) -> None:
     for shard in shards:
-        disk.rename(place.checkpoint / shard, place.checkpoint / (shard + BUSY))
-    disk.sync_folder(place.checkpoint)
+        with place.checkpoint.holder(shard) as (folder, name):
+            folder.rename(name, busy_name(name))
+    _sync_names(place, shards)
+
+
+def _sync_names(place: StatePlace, shards: Sequence[str]) -> None:
+    for beside in sorted({shard.rpartition("/")[0]: shard for shard in shards}.values()):
+        with place.checkpoint.holder(beside) as (folder, _):
+            folder.sync()
 
 
 def write_shards(
@@ -115,14 +134,14 @@ def write_shards(
     """The second half of step 5: computes and writes tensors into shards that are set aside; durable on return.
 
     Raises:
-        IntegrityError: a result is not the one that was computed before.
+        IntegrityError: a result is not the one that was computed before; or a shard is a link or has other names.
     """
     files = sorted({source.file_of[t.spec.name] for t in targets})
-    paths = {f: place.checkpoint / (f + BUSY) for f in files}
+    paths = {f: place.checkpoint.path / busy_name(f) for f in files}
     descriptors: dict[str, int] = {}
     try:
-        for file, path in paths.items():
-            descriptors[file] = disk.open_existing(path)
+        for file in files:
+            descriptors[file] = _open_shard(place, file)
         where = {
             n: (descriptors[f], source.entry(n).offset, paths[f])
             for n, f in ((t.spec.name, source.file_of[t.spec.name]) for t in targets)
@@ -140,28 +159,43 @@ def write_shards(
             os.close(fd)
 
 
+def _open_shard(place: StatePlace, file: str) -> int:
+    with place.checkpoint.holder(busy_name(file)) as (folder, name):
+        fd = folder.open_file(name, write=True)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        raise IntegrityError(
+            f"{folder.path / name}: has other names, and would change there too",
+            "put a copy of the file in its place, and run the command again",
+        )
+    return fd
+
+
 def commit(place: StatePlace, state: StackState) -> None:
     """Step 6: the new state is the state."""
-    replace_file(place.stack, text_of(state))
+    with place.made() as folder:
+        folder.replace(STACK, text_of(state))
 
 
 def finish(place: StatePlace, intent: Intent) -> None:
     """Step 7: names back, intent gone, garbage collected."""
     for shard in intent.shards:
-        busy, usual = place.checkpoint / (shard + BUSY), place.checkpoint / shard
-        if busy.exists():
-            if usual.exists():
-                raise IntegrityError(
-                    f"{usual}: someone wrote it while {busy.name} was set aside",
-                    f"keep one of the two under the name {usual.name}, and drop the stack with --forget",
-                )
-            disk.rename(busy, usual)
-        elif not usual.exists():
-            raise IntegrityError(f"{usual} is missing", "restore it from a copy")
-    disk.sync_folder(place.checkpoint)
-    disk.unlink(place.intent, missing_ok=True)
-    disk.sync_folder(place.folder)
-    collect_garbage(place)
+        with place.checkpoint.holder(shard) as (folder, name):
+            busy, usual = busy_name(name), folder.path / name
+            if folder.kind(busy) is not None:
+                if folder.kind(name) is not None:
+                    raise IntegrityError(
+                        f"{usual}: someone wrote it while {busy} was set aside",
+                        f"keep one of the two under the name {name}, and drop the stack with --forget",
+                    )
+                folder.rename(busy, name)
+            elif folder.kind(name) is None:
+                raise IntegrityError(f"{usual} is missing", "restore it from a copy")
+    _sync_names(place, intent.shards)
+    with place.made() as folder:
+        folder.unlink(INTENT, missing_ok=True)
+        folder.sync()
+    collect(place)
 
 
 def recover(place: StatePlace, resources: Resources) -> str | None:
@@ -171,35 +205,69 @@ def recover(place: StatePlace, resources: Resources) -> str | None:
         None when there was none, else a line that says what was done.
 
     Raises:
-        IntegrityError: what is needed to go back is damaged.
+        IntegrityError: what is needed to go back is damaged; or the intent names what the checkpoint does not have.
         StorageError: there is no room to go back; the intent stays, and so do the names set aside.
     """
     intent = place.read_intent()
     if intent is None:
         return None
     state = place.read_stack()
-    if state.sequence == intent.new.sequence:
-        finish(place, intent)
-        return "finished a change that was interrupted after it was done"
-    busy = [s for s in intent.shards if (place.checkpoint / (s + BUSY)).exists()]
-    if busy:
-        try:
-            _settle(place, state, state, intent, busy, resources)
-        except IntegrityError as no_way_back:
-            try:
-                _set_aside(place, [s for s in intent.shards if s not in busy])
-                _settle(place, intent.new, state, intent, intent.shards, resources)
-            except IntegrityError:
-                raise no_way_back from None
-            commit(place, intent.new)
+    source = _source_of(place, intent, state)
+    try:
+        if state.sequence == intent.new.sequence:
             finish(place, intent)
-            return "finished a change that was interrupted: a patch that it takes off is damaged and cannot go on again"
-    finish(place, intent)
-    return "undid a change that was interrupted"
+            return f"{_FINISHED} after it was done"
+        busy = [s for s in intent.shards if source.paths[s].name == busy_name(s.rpartition("/")[2])]
+        if busy:
+            try:
+                _settle(place, source, state, state, intent, busy, resources)
+            except IntegrityError as no_way_back:
+                try:
+                    _set_aside(place, [s for s in intent.shards if s not in busy])
+                    source.close()
+                    source = _source_of(place, intent, state)
+                    _settle(place, source, intent.new, state, intent, intent.shards, resources)
+                except IntegrityError:
+                    raise no_way_back from None
+                commit(place, intent.new)
+                finish(place, intent)
+                return f"{_FINISHED}: a patch that it takes off is damaged and cannot go on again"
+        finish(place, intent)
+        return "undid a change that was interrupted"
+    finally:
+        source.close()
+
+
+def _source_of(place: StatePlace, intent: Intent, old: StackState) -> LocalSource:
+    """The checkpoint with the shards that are set aside, which have all that the intent names.
+
+    Raises:
+        IntegrityError: lists what is not there.
+    """
+    anchor = place.checkpoint.path / place.anchor
+    try:
+        source = open_anchor(anchor, anchor, busy_name)
+    except InputError as error:
+        raise IntegrityError(
+            f"{anchor}: an interrupted change of it can neither be undone nor finished", DROP, [str(error)]
+        ) from error
+    done = old.sequence == intent.new.sequence  # then nothing is computed any more
+    known = {**intent.new.tensors, **old.tensors}
+    wrong = [f"{file}: not a file of it" for file in intent.shards if file not in source.headers]
+    wrong += [
+        f"{name}: not a tensor that the change concerns"
+        for name in intent.rewrite
+        if not done and (name not in known or source.file_of.get(name) not in intent.shards)
+    ]
+    if wrong:
+        source.close()
+        raise IntegrityError(f"{place.path / INTENT}: names what {place.anchor} does not have", DROP, wrong)
+    return source
 
 
 def _settle(
     place: StatePlace,
+    source: LocalSource,
     wanted: StackState,
     old: StackState,
     intent: Intent,
@@ -207,11 +275,9 @@ def _settle(
     resources: Resources,
 ) -> None:
     """Gives the tensors of some shards that are set aside what they are in a state, the old or the new one."""
-    anchor = place.checkpoint / place.anchor
-    source = open_anchor(anchor, anchor, BUSY)  # they are complete files under another name
     known = {**intent.new.tensors, **old.tensors}
     names = [n for n in intent.rewrite if source.file_of[n] in shards]
-    clean = CleanSource(source, place.originals, known)
+    clean = CleanSource(source, place, known)
     try:
         made = fit(clean, entries_of(place, wanted)).targets if wanted.patches else {}
         targets = [made.get(n) or Target(clean.specs[n], clean.specs[n], "sum", []) for n in names]
@@ -223,48 +289,10 @@ def _settle(
         damaged += [f"{n}: result" for n in names if checked[n][1] != expected[n]]
         if damaged:
             raise IntegrityError(
-                f"{place.checkpoint}: cannot go back to before an interrupted change: kept bytes are damaged",
+                f"{place.checkpoint.path}: cannot go back to before an interrupted change: kept bytes are damaged",
                 "restore the checkpoint from a copy and drop the stack with --forget",
                 damaged,
             )
         write_shards(place, source, clean, targets, expected, resources, allow_nonfinite=True)
     finally:
         clean.close()
-        source.close()
-
-
-def collect_garbage(place: StatePlace) -> None:
-    """Removes kept bytes and patches that nothing refers to; everything, when no patch is on. Safe to repeat."""
-    if not place.folder.is_dir():
-        _remove_empty(place.checkpoint / FOLDER)
-        return
-    state = place.read_stack()
-    used = {t.original.file for t in state.tensors.values()}
-    on = {p.id for p in state.patches}
-    _clear(place.originals, used)
-    _clear(place.patches, on)
-    for left in place.folder.glob(".*.partial"):
-        disk.unlink(left)
-    if state.patches or state.tensors:
-        return
-    if place.originals.is_dir():
-        disk.sync_folder(place.originals)  # the record goes after what it vouches for
-    disk.unlink(place.stack, missing_ok=True)
-    for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER):
-        _remove_empty(folder)
-    disk.sync_folder(place.checkpoint)
-
-
-def _remove_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        disk.remove_folder(folder)
-
-
-def _clear(folder: Path, keep: Iterable[str]) -> None:
-    kept = set(keep)
-    for item in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if item.name not in kept:
-            if item.is_dir():
-                disk.remove_tree(item)
-            else:
-                disk.unlink(item)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
 
 from weightlab.errors import IntegrityError
 from weightlab.files import disk
-from weightlab.files.atomic import SUFFIX
+from weightlab.files.folder import Folder
+from weightlab.files.temporary import SUFFIX
 from weightlab.patches.fit import Target
-from weightlab.patches.patch import Patch, open_patch
-from weightlab.stack.state import Original, StatePlace
+from weightlab.patches.patch import Patch
+from weightlab.stack.records import Original
+from weightlab.stack.state import FOLDER, ORIGINALS, PATCHES, StatePlace, open_kept
+
+Keep: TypeAlias = Mapping[str, tuple[int, int, Path]]
+Digests: TypeAlias = dict[str, tuple[str, str]]
 
 
 def offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
@@ -22,7 +30,40 @@ def offsets(targets: Sequence[Target], file: str) -> dict[str, Original]:
     return originals
 
 
-def store(place: StatePlace, patch: Patch) -> None:
+def keep_clean(
+    folder: Folder, file: str, originals: Mapping[str, Original], compute: Callable[[Keep | None], Digests]
+) -> Digests:
+    """Keeps clean bytes of tensors in a new file, if there are any.
+
+    Args:
+        compute: computes every result and checks it, keeps clean bytes where it is told to (see `journal.results`).
+    """
+    if not originals:
+        return compute(None)
+    temporary = f".{file}{SUFFIX}"
+    path = folder.path / temporary
+    fd = folder.create(temporary)
+    try:
+        found = compute({name: (fd, original.offset, path) for name, original in originals.items()})
+        disk.sync_file(fd, path)
+    finally:
+        os.close(fd)
+    folder.rename(temporary, file)
+    return found
+
+
+def sync_kept(place: StatePlace) -> None:
+    """Makes what is kept durable, with the names of all folders up to the checkpoint's."""
+    for below in (ORIGINALS, PATCHES):
+        with place.made(below) as folder:
+            folder.sync()
+    with place.made() as folder, place.checkpoint.made(FOLDER) as top:
+        folder.sync()
+        top.sync()
+    place.checkpoint.sync()
+
+
+def store(patches: Folder, patch: Patch) -> None:
     """Keeps a patch beside the checkpoint: a second name of its files, or copies where the file system has no such.
 
     A second name costs nothing, whatever the patch's size. Who writes over the patch's file (rather than replacing it,
@@ -31,18 +72,17 @@ def store(place: StatePlace, patch: Patch) -> None:
     Raises:
         IntegrityError: the files are not those of the patch any more.
     """
-    final = place.patch(patch.id)
-    if final.is_dir():
+    if patches.kind(patch.id) == "folder":
         return
-    temporary = place.patches / f".{patch.id}{SUFFIX}"
-    disk.make_folder(temporary)
+    temporary = f".{patch.id}{SUFFIX}"
     several = len(patch.files) > 1
-    for name, source in patch.files.items():
-        target = temporary / (name if several else "patch.safetensors")
-        if not disk.hard_link(source, target):
-            disk.copy_file(source, target)
-        disk.sync_path(target)
-    if open_patch(temporary).id != patch.id:
-        raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
-    disk.sync_folder(temporary)
-    disk.rename(temporary, final)
+    with patches.made(temporary) as folder:
+        for name, source in patch.files.items():
+            target = folder.path / (name if several else "patch.safetensors")
+            if not disk.hard_link(source, target, within=folder.fd):
+                disk.copy_file(source, target, within=folder.fd)
+            disk.sync_path(target, within=folder.fd)
+        if open_kept(patches, temporary).id != patch.id:
+            raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
+        folder.sync()
+    patches.rename(temporary, patch.id)

@@ -4,112 +4,75 @@
                             intent.json     a change that has begun (see `journal`)
                             originals/N.bin clean bytes of touched tensors, one file a change
                             patches/ID/     the patches themselves
+                            copies/         a shard's copy in the making, where the shard is a link
 
-ANCHOR is the checkpoint's file or index. Only file names are kept, never paths: a folder can be moved.
+ANCHOR is the checkpoint's file or index (shortened where its name is very long). Only file names are kept, never paths:
+a folder can be moved. All of it may have come from someone else: it is reached through descriptors, name by name, and
+a link anywhere in it is refused.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from weightlab.errors import InputError, IntegrityError, StorageError
-from weightlab.files.disk import read_exactly, storage_errors
-from weightlab.files.foreign import strict_json
+from weightlab.files.folder import Folder, open_folder
+from weightlab.files.temporary import fitting
 from weightlab.patches.fit import StackEntry
-from weightlab.patches.header import Digest, canonical
-from weightlab.patches.patch import open_patch, stand_in
-from weightlab.sources.local import LocalSource
-from weightlab.tensors.spec import TensorSpec
+from weightlab.patches.patch import Patch, open_patch, stand_in
+from weightlab.stack.records import DROP, Intent, PatchOn, StackState, read_record
 
 FOLDER = ".weightlab"
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class PatchOn(_Strict):
-    """A patch that is on. `name`: what its file was called, so that it can be named once the file is gone."""
-
-    id: Digest
-    name: str
-    scale: float
-    include: list[str] = []
-    exclude: list[str] = []
-    renames: dict[str, str] = {}
-
-
-class Original(_Strict):
-    file: str
-    offset: int
-
-
-class Touched(_Strict):
-    """A tensor that some patch touches: digests of its clean and present bytes, its shard, its kept clean bytes."""
-
-    clean: Digest
-    now: Digest
-    file: str
-    original: Original
-
-
-class StackState(_Strict):
-    """The content of stack.json. `sequence` counts changes; `headers`: header digests of the touched shards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-    schema_version: int = Field(default=1, alias="schema")
-    sequence: int = 0
-    patches: list[PatchOn] = []
-    tensors: dict[str, Touched] = {}
-    headers: dict[str, Digest] = {}
-
-
-class Intent(_Strict):
-    """A change that has begun: what the state will be, which shards are set aside, which tensors are rewritten."""
-
-    new: StackState
-    shards: list[str]
-    rewrite: list[str]
+STACK, INTENT = "stack.json", "intent.json"
+ORIGINALS, PATCHES, COPIES = "originals", "patches", "copies"
+ENDING = ".stack"
+"""Ends the name of a state's folder."""
+_SHORTENED = re.compile(r"~[0-9a-f]{32}\.stack$")
+_DEEPEST = 8
 
 
 @dataclass(frozen=True, slots=True)
 class StatePlace:
-    """The places of one checkpoint's state."""
+    """The place of one checkpoint's state. `checkpoint`: the open folder that the checkpoint lies in."""
 
-    checkpoint: Path
+    checkpoint: Folder
     anchor: str
 
     @property
-    def folder(self) -> Path:
-        return self.checkpoint / FOLDER / f"{self.anchor}.stack"
+    def name(self) -> str:
+        return fitting(self.anchor, after=ENDING)
 
     @property
-    def stack(self) -> Path:
-        return self.folder / "stack.json"
+    def path(self) -> Path:
+        """For messages."""
+        return self.checkpoint.path / FOLDER / self.name
 
-    @property
-    def intent(self) -> Path:
-        return self.folder / "intent.json"
+    @contextmanager
+    def opened(self, *below: str) -> Iterator[Folder | None]:
+        """The state's folder, or one below it; None where there is none."""
+        with ExitStack() as stack:
+            folder: Folder | None = self.checkpoint
+            for name in (FOLDER, self.name, *below):
+                folder = stack.enter_context(folder.inside(name)) if folder is not None else None
+            yield folder
 
-    @property
-    def originals(self) -> Path:
-        return self.folder / "originals"
+    @contextmanager
+    def made(self, *below: str) -> Iterator[Folder]:
+        """The state's folder, or one below it, made where there is none."""
+        with ExitStack() as stack:
+            folder = self.checkpoint
+            for name in (FOLDER, self.name, *below):
+                folder = stack.enter_context(folder.made(name))
+            yield folder
 
-    @property
-    def patches(self) -> Path:
-        return self.folder / "patches"
-
-    def patch(self, patch_id: str) -> Path:
-        return self.patches / patch_id
+    def empty_state(self) -> StackState:
+        """The state of a checkpoint with nothing on it."""
+        return StackState(anchor=self.anchor if _SHORTENED.search(self.name) else None)
 
     def read_stack(self) -> StackState:
         """The recorded state; an empty one when there is no record.
@@ -117,44 +80,80 @@ class StatePlace:
         Raises:
             IntegrityError: the record is damaged, or gone while clean bytes are still kept.
         """
-        state = _read(self.stack, StackState)
-        if state is None:
-            if self.originals.is_dir() and any(self.originals.iterdir()):
-                raise IntegrityError(
-                    f"{self.stack} is gone, and clean bytes are kept beside it", "restore it, or drop all with --forget"
-                )
-            return StackState()
-        return state
+        with self.opened() as folder:
+            state = None if folder is None else read_record(folder, STACK, StackState)
+        if state is not None:
+            return state
+        with self.opened(ORIGINALS) as originals:
+            if originals is not None and originals.names():
+                raise IntegrityError(f"{self.path / STACK} is gone, and clean bytes are kept beside it", DROP)
+        return self.empty_state()
 
     def read_intent(self) -> Intent | None:
-        return _read(self.intent, Intent)
+        with self.opened() as folder:
+            return None if folder is None else read_record(folder, INTENT, Intent)
+
+    def has_intent(self) -> bool:
+        with self.opened() as folder:
+            return folder is not None and folder.kind(INTENT) is not None
+
+    def has_anchor(self) -> bool:
+        """Whether the file or index is there; it may be a link, as in a cache."""
+        return os.path.isfile(self.checkpoint.path / self.anchor)
 
 
-def places(checkpoint: Path) -> list[StatePlace]:
-    """All states that are kept in a checkpoint's folder."""
-    folders = sorted((checkpoint / FOLDER).glob("*.stack")) if (checkpoint / FOLDER).is_dir() else []
-    return [StatePlace(checkpoint, folder.name.removesuffix(".stack")) for folder in folders]
+def places(checkpoint: Folder) -> list[StatePlace]:
+    """All states that are kept in a checkpoint's folder.
+
+    Raises:
+        IntegrityError: lists every link in `.weightlab`.
+    """
+    with checkpoint.inside(FOLDER) as top:
+        if top is None:
+            return []
+        links = list(_links(top, 0))
+        if links:
+            raise IntegrityError(
+                f"{top.path}: holds symbolic links, and weightlab makes none",
+                "remove the links; who made this folder may mean harm",
+                links,
+            )
+        names = [n for n in top.names() if n.endswith(ENDING) and top.kind(n) == "folder"]
+        return [StatePlace(checkpoint, _anchor_of(top, name)) for name in names]
 
 
-def pending(checkpoint: Path) -> list[StatePlace]:
-    """The states of that folder in which a change has begun and not ended."""
-    return [place for place in places(checkpoint) if place.intent.exists()]
+def _anchor_of(top: Folder, name: str) -> str:
+    if _SHORTENED.search(name):
+        with top.inside(name) as folder:
+            state = None if folder is None else read_record(folder, STACK, StackState)
+        if state is not None and state.anchor is not None:
+            if fitting(state.anchor, after=ENDING) != name:
+                raise IntegrityError(f"{top.path / name / STACK}: is for a file of another name", DROP)
+            return state.anchor
+    return name.removesuffix(ENDING)
 
 
-def text_of(model: BaseModel) -> bytes:
-    """A record as it is stored."""
-    return canonical(model.model_dump(by_alias=True)).encode()
+def _links(folder: Folder, depth: int) -> Iterator[str]:
+    for name in folder.names():
+        kind = folder.kind(name)
+        if kind == "link":
+            yield str(folder.path / name)
+        elif kind == "folder" and depth < _DEEPEST:
+            with folder.inside(name) as below:
+                if below is not None:
+                    yield from _links(below, depth + 1)
 
 
-def _read(path: Path, model: type[Model]) -> Model | None:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        return model.model_validate(strict_json(content))
-    except (ValueError, ValidationError) as error:
-        raise IntegrityError(f"{path}: damaged: {error}", "restore it, or drop the stack with --forget") from error
+def pending(checkpoint: Path) -> list[str]:
+    """The records in that folder of changes that have begun and not ended: what to call each in a message.
+
+    Raises:
+        IntegrityError: see `places`.
+    """
+    if not checkpoint.is_dir():
+        return []
+    with open_folder(checkpoint) as folder:
+        return [f"{p.anchor}: see {p.path / INTENT}" for p in places(folder) if p.has_intent()]
 
 
 def entries_of(place: StatePlace, state: StackState) -> list[StackEntry]:
@@ -177,22 +176,44 @@ def kept_entries(place: StatePlace, state: StackState) -> tuple[list[StackEntry]
     entries: list[StackEntry] = []
     damaged: dict[str, str] = {}
     for on in state.patches:
+        path = place.path / PATCHES / on.id
         try:
-            patch = open_patch(place.patch(on.id))
+            with place.opened(PATCHES) as patches:
+                patch = open_kept(patches, on.id) if patches is not None else open_patch(path)
             if patch.id != on.id:
                 damaged[on.id] = f"is another patch ({patch.id})"
         except (InputError, IntegrityError, StorageError) as error:
             damaged[on.id] = error.message
         if on.id in damaged:
-            patch = stand_in(place.patch(on.id), on.id)
+            patch = stand_in(path, on.id)
         entries.append(StackEntry(patch, on.scale, tuple(on.include), tuple(on.exclude), on.renames))
     return entries, damaged
+
+
+def open_kept(patches: Folder, name: str) -> Patch:
+    """Opens a patch that is kept: its files are plain ones in its own folder, and stay those that were looked at.
+
+    Raises:
+        IntegrityError: a file is a link or none, or was swapped for another meanwhile; else as for `open_patch`.
+    """
+    with patches.inside(name) as folder:
+        if folder is None:
+            return open_patch(patches.path / name)
+        odd = [n for n in folder.names() if folder.kind(n) != "file"]
+        if odd:
+            raise IntegrityError(f"{folder.path}: holds what is no plain file", DROP, odd)
+        patch = open_patch(folder.path)
+        for file, opened in patch.opened_files().items():
+            found = folder.look(file)
+            if found is None or not os.path.samestat(found, opened):
+                raise IntegrityError(f"{folder.path / file}: swapped while it was opened", DROP)
+        return patch
 
 
 def damaged_patches(place: StatePlace, state: StackState, damaged: Mapping[str, str]) -> IntegrityError:
     """The error for kept patches that are needed and cannot be opened."""
     return IntegrityError(
-        f"{place.checkpoint}: kept patches are missing or damaged",
+        f"{place.checkpoint.path}: kept patches are missing or damaged",
         "take them off (`weightlab remove MODEL ID` needs the clean bytes only), or restore them from a copy",
         [f"{on.name} ({on.id[:12]}): {damaged[on.id]}" for on in state.patches if on.id in damaged],
     )
@@ -208,39 +229,3 @@ def record_of(entry: StackEntry, name: str) -> PatchOn:
         exclude=list(entry.exclude),
         renames=dict(entry.renames),
     )
-
-
-class CleanSource:
-    """A checkpoint as it would be without its patches: touched tensors are read from their kept clean bytes."""
-
-    def __init__(self, source: LocalSource, originals: Path, touched: Mapping[str, Touched]) -> None:
-        self._source, self._originals, self._touched = source, originals, touched
-        self.label, self.path = source.label, source.path
-        self.specs: Mapping[str, TensorSpec] = source.specs
-        self.aliases, self.opaque, self.config = source.aliases, source.opaque, source.config
-        self._descriptors: dict[str, int] = {}
-        ends: dict[str, int] = {}
-        for name, known in touched.items():
-            size = source.specs[name].nbytes
-            ends[known.original.file] = max(ends.get(known.original.file, 0), known.original.offset + size)
-        for file, end in sorted(ends.items()):
-            path = originals / file
-            found = path.stat().st_size if path.is_file() else -1
-            if found < end:
-                self.close()
-                what = "is missing" if found < 0 else f"has {found:,} bytes, and {end:,} were kept"
-                raise IntegrityError(f"{path} {what}", "restore it, or drop the stack with --forget")
-            with storage_errors(path):
-                self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        touched = self._touched.get(name)
-        if touched is None:
-            self._source.read(name, start, out)
-        else:
-            file = touched.original.file
-            read_exactly(self._descriptors[file], touched.original.offset + start, out, self._originals / file)
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])

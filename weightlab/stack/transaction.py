@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,13 +19,15 @@ from weightlab.errors import (
     WrongBaseError,
 )
 from weightlab.files import disk
-from weightlab.files.atomic import SUFFIX, replace_file
 from weightlab.files.lock import folder_lock
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, Target, fit
 from weightlab.patches.patch import Patch
 from weightlab.sources.local import LocalSource, open_anchor
 from weightlab.stack import journal
+from weightlab.stack.clean import CleanSource
+from weightlab.stack.elsewhere import refuse_elsewhere
+from weightlab.stack.garbage import collect
 from weightlab.stack.guards import (
     REMEDY,
     On,
@@ -35,21 +38,18 @@ from weightlab.stack.guards import (
     recover_all,
     unreadable,
 )
-from weightlab.stack.keeping import offsets, store
+from weightlab.stack.keeping import Digests, Keep, keep_clean, offsets, store, sync_kept
 from weightlab.stack.links import linked_files, own_copies
+from weightlab.stack.records import Intent, PatchOn, StackState, Touched, text_of
 from weightlab.stack.signals import uninterrupted
 from weightlab.stack.state import (
-    FOLDER,
-    CleanSource,
-    Intent,
-    PatchOn,
-    StackState,
+    ORIGINALS,
+    PATCHES,
+    STACK,
     StatePlace,
-    Touched,
     damaged_patches,
     kept_entries,
     record_of,
-    text_of,
 )
 from weightlab.stream.executor import Resources
 
@@ -100,16 +100,17 @@ def change(path: Path, decide: Decide, options: ChangeOptions) -> Changed:
     folder = folder_of(path)
     if not folder.is_dir():
         raise MissingInputError(f"{path}: no such file or folder", "check the path")
-    with folder_lock(folder, exclusive=not options.dry_run, wait=options.wait):
-        notes = [] if options.dry_run else recover_all(folder, options.resources)
-        place = place_of(path)
+    with folder_lock(folder, exclusive=not options.dry_run, wait=options.wait) as checkpoint:
+        notes = [] if options.dry_run else recover_all(checkpoint, options.resources)
+        place = place_of(path, checkpoint)
         try:
-            source = open_anchor(path, place.checkpoint / place.anchor)
+            source = open_anchor(path, checkpoint.path / place.anchor)
         except InputError as error:
             if place.read_stack().patches:
                 raise unreadable(path, place, error) from error
             raise
         try:
+            refuse_elsewhere(path, source)
             changed = _Change(path, place, source, options).make(decide)
         finally:
             source.close()
@@ -135,7 +136,7 @@ class _Change:
         needed = {record.id: damaged[record.id] for record in records if record.id in damaged}
         if needed:
             raise damaged_patches(self.place, self.state, needed)
-        clean = CleanSource(self.source, self.place.originals, self.state.tensors)
+        clean = CleanSource(self.source, self.place, self.state.tensors)
         try:
             before = self._recorded(clean, entries) if not damaged else {}
             fitted = fit(clean, [entry for _, entry in wanted])
@@ -200,8 +201,7 @@ class _Change:
 
     def _rehearse(self, clean: CleanSource, rewrite: Sequence[Target], records: list[PatchOn]) -> Changed:
         self._require_room(rewrite, [])
-        found = journal.results(clean, rewrite, self.options.resources, allow_nonfinite=self.options.allow_nonfinite)
-        self._check(rewrite, found)
+        self._compute(clean, rewrite)
         state = self.state.model_copy(update={"patches": records})
         return Changed(state, len(rewrite), self._bytes(rewrite), ["nothing was written (dry run)"])
 
@@ -210,16 +210,17 @@ class _Change:
         return new + sum(t.spec.nbytes for t in rewrite)
 
     def _require_room(self, rewrite: Sequence[Target], patches: Sequence[Patch]) -> None:
+        folder = self.place.checkpoint.path
         kept = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
-        device = os.stat(self.place.checkpoint).st_dev
-        files = [os.stat(f) for p in patches if not self.place.patch(p.id).is_dir() for f in p.files.values()]
+        device = os.stat(folder).st_dev
+        on = {record.id for record in self.state.patches}
+        files = [os.stat(f) for p in patches if p.id not in on for f in p.files.values()]
         copied = [f.st_size for f in files if f.st_dev != device]
-        linked = [os.stat(self.place.checkpoint / s).st_size for s in self._linked(rewrite)]
-        sizes = [os.stat(self.place.checkpoint / s).st_size for s in self._shards(rewrite)]
-        needed = kept + sum(copied) + sum(linked)
-        disk.require_room(self.place.checkpoint, needed, max([kept, *copied, *sizes], default=0))
+        linked = [os.stat(folder / s).st_size for s in self._linked(rewrite)]
+        sizes = [os.stat(folder / s).st_size for s in self._shards(rewrite)]
+        disk.require_room(folder, kept + sum(copied) + sum(linked), max([kept, *copied, *sizes], default=0))
 
-    def _check(self, rewrite: Sequence[Target], found: dict[str, tuple[str, str]]) -> None:
+    def _check(self, rewrite: Sequence[Target], found: Digests) -> None:
         damaged = [
             t.spec.name
             for t in rewrite
@@ -247,19 +248,12 @@ class _Change:
         known: CleanSource | None = None
         try:
             self._require_room(rewrite, patches)
-            for folder in (place.checkpoint / FOLDER, place.folder, place.originals, place.patches):
-                disk.make_folder(folder)
-            if not place.stack.exists():  # so that kept bytes are never found without a record
-                replace_file(place.stack, text_of(self.state))
-            found = self._keep(clean, rewrite)
-            for patch in patches:
-                store(place, patch)
+            found = self._keep(clean, rewrite, patches)
             new = self._new_state(records, targets, found)
-            own = own_copies(place.checkpoint, self._linked(rewrite))
-            for folder in (place.originals, place.patches, place.folder, place.checkpoint / FOLDER, place.checkpoint):
-                disk.sync_folder(folder)
+            own = own_copies(place, self._linked(rewrite))
+            sync_kept(place)
             intent = Intent(new=new, shards=self._shards(rewrite), rewrite=[t.spec.name for t in rewrite])
-            known = CleanSource(self.source, place.originals, {**new.tensors, **self.state.tensors})
+            known = CleanSource(self.source, place, {**new.tensors, **self.state.tensors})
             journal.begin(place, intent)
             expected = {name: digests[1] for name, digests in found.items()}
             journal.write_shards(
@@ -280,37 +274,32 @@ class _Change:
     def _go_back(self, error: BaseException) -> None:
         try:
             if journal.recover(self.place, self.options.resources) is None:  # it had not begun
-                journal.collect_garbage(self.place)
+                collect(self.place)
         except WeightlabError as second:
             second.remedy += f" (the change was undone because: {error}); then run `weightlab status {self.path}`"
             raise second from error
 
-    def _keep(self, clean: CleanSource, rewrite: Sequence[Target]) -> dict[str, tuple[str, str]]:
-        """Step 2 and half of 3: computes every result, keeps the clean bytes of newly touched tensors."""
-        options, folder = self.options, self.place.originals
-        fresh = [t for t in rewrite if t.spec.name not in self.state.tensors]
-        self._originals = offsets(fresh, f"{self.state.sequence + 1}.bin")
-        if not fresh:
-            found = journal.results(clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite)
-            self._check(rewrite, found)
-            return found
-        temporary = folder / f".{self.state.sequence + 1}.bin{SUFFIX}"
-        fd = disk.create(temporary)
-        try:
-            keep = {name: (fd, original.offset, temporary) for name, original in self._originals.items()}
-            found = journal.results(
-                clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite, keep=keep
-            )
-            self._check(rewrite, found)
-            disk.sync_file(fd, temporary)
-        finally:
-            os.close(fd)
-        disk.rename(temporary, folder / f"{self.state.sequence + 1}.bin")
+    def _keep(self, clean: CleanSource, rewrite: Sequence[Target], patches: Sequence[Patch]) -> Digests:
+        """Step 2 and half of 3: computes every result, keeps the clean bytes of newly touched tensors, and patches."""
+        file = f"{self.state.sequence + 1}.bin"
+        self._originals = offsets([t for t in rewrite if t.spec.name not in self.state.tensors], file)
+        with ExitStack() as stack:
+            folder = stack.enter_context(self.place.made())
+            originals, kept = (stack.enter_context(folder.made(name)) for name in (ORIGINALS, PATCHES))
+            if folder.kind(STACK) is None:  # so that kept bytes are never found without a record
+                folder.replace(STACK, text_of(self.state))
+            found = keep_clean(originals, file, self._originals, lambda keep: self._compute(clean, rewrite, keep))
+            for patch in patches:
+                store(kept, patch)
         return found
 
-    def _new_state(
-        self, records: list[PatchOn], targets: dict[str, Target], found: dict[str, tuple[str, str]]
-    ) -> StackState:
+    def _compute(self, clean: CleanSource, rewrite: Sequence[Target], keep: Keep | None = None) -> Digests:
+        options = self.options
+        found = journal.results(clean, rewrite, options.resources, allow_nonfinite=options.allow_nonfinite, keep=keep)
+        self._check(rewrite, found)
+        return found
+
+    def _new_state(self, records: list[PatchOn], targets: dict[str, Target], found: Digests) -> StackState:
         tensors: dict[str, Touched] = {}
         for name in targets:
             known = self.state.tensors.get(name)
@@ -323,7 +312,8 @@ class _Change:
             else:
                 raise AssertionError(f"{name} is touched and was not computed")
         headers = {t.file: self.source.headers[t.file].digest for t in tensors.values()}
-        return StackState(sequence=self.state.sequence + 1, patches=records, tensors=tensors, headers=headers)
+        counted = self.place.empty_state().model_copy(update={"sequence": self.state.sequence + 1})
+        return counted.model_copy(update={"patches": records, "tensors": tensors, "headers": headers})
 
 
 def _recipe(target: Target | None) -> object:
