@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightlab.errors import NotPatchableError, StorageError
 from weightlab.files import disk
-from weightlab.files.temporary import temporary_folder
+from weightlab.files.temporary import clear_left, temporary_folder
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
@@ -41,6 +41,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Every file in it is synced before the rename. `path` may be an empty folder.
     """
+    clear_left(path)
     refuse_existing(path)
     with temporary_folder(path) as home:
         temporary = _inside(home, path)
@@ -58,6 +59,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     It lies in a temporary folder, which can be locked before the file is there. The block makes the file, for instance
     with `disk.create`.
     """
+    clear_left(path)
     refuse_existing(path, overwrite=overwrite)
     if path.is_dir():
         raise NotPatchableError(f"{path} is a folder", "give the name of a file")

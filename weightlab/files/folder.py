@@ -116,8 +116,8 @@ class Folder:
         kind = self.kind(name)
         if kind is None:
             raise IntegrityError(f"{path} is missing", "restore it from a copy")
-        if kind == "link":
-            raise not_followed(path)
+        if kind != "file":  # a device is not even opened
+            raise not_followed(path) if kind == "link" else not_followed(path, "is no plain file")
         if write:
             fd = disk.open_existing(path, within=self.fd)
         else:

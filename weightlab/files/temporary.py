@@ -4,9 +4,9 @@ A name proves nothing: other programs call their files `.NAME.something.partial`
 
 - its name is that which is made here for the very same output,
 - it is a plain folder of the same user's, and no other run has it locked, and
-- it holds a file `weightlab-NUMBER`, where NUMBER is the folder's own inode, which the system gave it when it was made
-  here: neither a copy of it nor one out of an archive has the same. Or the folder is empty, as a run that is killed just
-  after making it leaves it: then there is nothing in it to lose.
+- it holds a file `weightlab-NUMBER`, where NUMBER is the folder's own inode, which the system gave it when it was
+  made: neither a copy of it nor one out of an archive has the same. Or the folder is empty, as a run that is killed
+  just after making it leaves it: then there is nothing in it to lose.
 
 All else of such a name stays: files, links, FIFOs, folders that were filled by others. It is opened without waiting.
 """
@@ -103,7 +103,6 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
     What the block makes in it, it renames to `path` when all is well: that is on the same file system.
     """
-    clear_left(path)
     fd = -1
     try:
         while fd < 0 or not os.fstat(fd).st_nlink:  # none: another run took it for one that was left, just then

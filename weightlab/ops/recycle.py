@@ -142,7 +142,7 @@ class _Run:
         self._id = bytes_digest(json.dumps(decisive, sort_keys=True).encode())[:16]
 
     def run(self, dry_run: bool) -> Recycled:
-        self._check_place()
+        self._check_place(dry_run)
         done = Recycled(str(self._result), dry_run=dry_run)
         for step in self._steps:
             last = step is self._steps[-1]
@@ -156,11 +156,14 @@ class _Run:
                 self._step(step, last=last)
         return done
 
-    def _check_place(self) -> None:
+    def _check_place(self, dry_run: bool) -> None:
+        state, last = self._work / _STATE, self._steps[-1]
+        ours = state.exists() and json.loads(state.read_text()).get("plan") == self._id
         if self._result.exists():
+            if ours and not dry_run and not (self._work / last.name / "out").exists():
+                self._tidy(last)  # what a run left that was cut off just after its result had got its name
             raise NotPatchableError(f"{self._result} exists already", "the plan has been carried out, or name another")
-        state = self._work / _STATE
-        if state.exists() and json.loads(state.read_text()).get("plan") != self._id:
+        if state.exists() and not ours:
             raise NotPatchableError(
                 f"{self._work}: belongs to another plan, or this one was changed", "give `work` another folder"
             )

@@ -24,7 +24,7 @@ from weightlab.ops.operands import PatchesLike, PatchLike, PathLike, listed, mod
 from weightlab.ops.outcome import Outcome, PatchOnInfo, Status, outcome_of
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources.local import LocalSource
-from weightlab.stack.elsewhere import refuse_elsewhere
+from weightlab.stack.elsewhere import elsewhere, patched_elsewhere
 from weightlab.stack.forget import forget
 from weightlab.stack.garbage import untidy
 from weightlab.stack.guards import (
@@ -180,10 +180,14 @@ def _kept(place: StatePlace) -> int:
 
 
 def _status(model: str, source: LocalSource, notes: list[str], resources: Resources) -> Status:
+    found = list(elsewhere(source))
+    if found:
+        lines = _lines(patched_elsewhere(Path(model), found))
+        patches = [on for f in found for on in _on(f.state)]
+        return Status(model, patches, sum(len(f.state.tensors) for f in found), 0, False, [*notes, *lines])
     state = state_of(source)
     intact = True
     try:
-        refuse_elsewhere(Path(model), source)
         check_unchanged(Path(model), source, state, resources)
     except IntegrityError as error:
         intact = False

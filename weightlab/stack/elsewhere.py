@@ -8,27 +8,28 @@ one module is patched, a link. Who took such bytes for clean would change them t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightlab.errors import IntegrityError
 from weightlab.files.folder import open_folder
 from weightlab.sources.local import LocalSource
+from weightlab.stack.records import StackState
 from weightlab.stack.state import FOLDER, places
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
     """Patches on some of a checkpoint's files, recorded for another anchor."""
 
     anchor: Path
-    patches: int
+    state: StackState
     files: list[str]
 
     @property
     def line(self) -> str:
-        return f"{', '.join(self.files)}: {self.patches} patches are on, recorded for {self.anchor}"
+        return f"{', '.join(self.files)}: {len(self.state.patches)} patches are on, recorded for {self.anchor}"
 
 
 def refuse_elsewhere(path: Path, source: LocalSource) -> None:
@@ -37,17 +38,21 @@ def refuse_elsewhere(path: Path, source: LocalSource) -> None:
     Raises:
         IntegrityError: lists the files that have others, with the name under which those are recorded.
     """
-    found = list(_elsewhere(source))
-    if not found:
-        return
+    found = list(elsewhere(source))
+    if found:
+        raise patched_elsewhere(path, found)
+
+
+def patched_elsewhere(path: Path, found: Sequence[Found]) -> IntegrityError:
     gone = [f.anchor for f in found if not f.anchor.is_file()]
     remedy = f"take them off there first: weightlab remove {found[0].anchor} --all"
     if gone:
         remedy = f"give {gone[0].name} back, or keep the files and drop the record: weightlab remove {gone[0]} --forget"
-    raise IntegrityError(f"{path}: it has patches on that went on under another name", remedy, [f.line for f in found])
+    return IntegrityError(f"{path}: it has patches on that went on under another name", remedy, [f.line for f in found])
 
 
-def _elsewhere(source: LocalSource) -> Iterator[_Found]:
+def elsewhere(source: LocalSource) -> Iterator[Found]:
+    """What is on a checkpoint's files and recorded for another anchor than its own."""
     own = os.path.realpath(source.folder)
     real = {os.path.realpath(source.folder / file): file for file in source.headers}
     digests = {header.digest: file for file, header in source.headers.items()}
@@ -69,4 +74,4 @@ def _elsewhere(source: LocalSource) -> Iterator[_Found]:
                 if not files and home == own and not place.has_anchor():  # or has it another name now?
                     files = sorted(digests[d] for d in set(state.headers.values()) & digests.keys())
                 if files:
-                    yield _Found(Path(home) / place.anchor, len(state.patches), files)
+                    yield Found(Path(home) / place.anchor, state, files)

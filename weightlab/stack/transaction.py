@@ -110,7 +110,6 @@ def change(path: Path, decide: Decide, options: ChangeOptions) -> Changed:
                 raise unreadable(path, place, error) from error
             raise
         try:
-            refuse_elsewhere(path, source)
             changed = _Change(path, place, source, options).make(decide)
         finally:
             source.close()
@@ -126,11 +125,15 @@ class _Change:
         self.state = place.read_stack()
 
     def make(self, decide: Decide) -> Changed:
+        if not self.state.patches:
+            refuse_elsewhere(self.path, self.source)
         check_unchanged(self.path, self.source, self.state, self.options.resources)
         entries, damaged = kept_entries(self.place, self.state)
         current = [(on.name, entry) for on, entry in zip(self.state.patches, entries, strict=True)]
         wanted = sorted(decide(current), key=lambda on: on[1].patch.id)
         records = [record_of(entry, name) for name, entry in wanted]
+        if any(record not in self.state.patches for record in records):
+            refuse_elsewhere(self.path, self.source)  # taking off what went on last is right, whatever else is on
         if records == self.state.patches:
             return Changed(self.state, notes=["nothing to change"])
         needed = {record.id: damaged[record.id] for record in records if record.id in damaged}

@@ -1,8 +1,8 @@
-"""How `version-0.1.zip` was made: by weightlab 0.1.0 of commit 6e90e5e, before what it tests was changed.
+"""How the archives here were made: by weightlab 0.1.0 of commit 6e90e5e, before what it tests was changed.
 
-    python tests/stack/golden/make.py version-0.1.zip
+    python tests/stack/golden/make.py version-0.1.zip twice-0.1.zip
 
-It makes a model of two shards and two patches, begins each of three changes in a child process, kills the child right
+For the first it makes a model of two shards and two patches, begins each of three changes in a child process, kills the child right
 after a chosen system call, and packs the model's folder as it lies then. It is kept to say what is in the archive, not
 to be run again: folders of version 0.1 must be read, recovered and changed for ever. In the archive are:
 
@@ -10,6 +10,9 @@ to be run again: folders of version 0.1 must be read, recovered and changed for 
     states/NAME/                        the weights, as `apply --out` made them: clean, p, q, p+q, p+q@2
     CHANGE/STEP/                        the model's folder with its `.weightlab`; CHANGE: first (`p` goes on a clean
                                         model), second (`q` joins `p`), last (`p`, the only one, comes off)
+
+The second holds `m/model.safetensors`, all ones, on which a patch of +1 went, and once more after an index had come
+beside the file: that version took the patched bytes for clean.
 """
 
 from __future__ import annotations
@@ -153,6 +156,23 @@ def main(archive: Path) -> None:
         os.chdir("/")
 
 
+def twice(archive: Path) -> None:
+    here = archive.absolute()
+    with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(here, "w", zipfile.ZIP_DEFLATED) as packed:
+        os.chdir(place)
+        base = {"w": torch.ones(4, 4)}
+        os.mkdir("m")
+        save_file(base, "m/model.safetensors")
+        wl.diff(base, {"w": base["w"] + 1}, "p.safetensors", encode="dense")
+        wl.apply("m", "p.safetensors", in_place=True)
+        index = {"metadata": {}, "weight_map": {"w": "model.safetensors"}}
+        Path("m/model.safetensors.index.json").write_text(json.dumps(index))
+        wl.apply("m", "p.safetensors", in_place=True)
+        for item in sorted(Path("m").rglob("*")):
+            add(packed, item, str(item))
+        os.chdir("/")
+
+
 def add(packed: zipfile.ZipFile, path: Path, name: str) -> None:
     info = zipfile.ZipInfo(name + ("/" if path.is_dir() else ""), (2026, 1, 1, 0, 0, 0))
     info.compress_type = zipfile.ZIP_DEFLATED
@@ -160,4 +180,6 @@ def add(packed: zipfile.ZipFile, path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    first, second = (Path(word).absolute() for word in sys.argv[1:])
+    main(first)
+    twice(second)
