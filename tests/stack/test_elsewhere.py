@@ -108,7 +108,6 @@ def test_no_reader_takes_it_for_clean(weightlab: Weightlab, place: Path, make: M
         ("remove", other, "--all"),
         ("scale", other, "p.safetensors", "2"),
         ("verify", other),
-        ("merge", other, "clean.safetensors", "--method", "linear", "-o", "out"),
     ):
         ended = weightlab(*words)
         assert ended.code == 5, (words, ended.out, ended.err)
