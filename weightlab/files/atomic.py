@@ -21,14 +21,15 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
         NotPatchableError: a file, or a folder that is not empty, is there already.
-        StorageError: the folder it should go into does not exist.
+        StorageError: the folder it should go into does not exist, or the name is none for the file system.
     """
-    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-        return
-    if (path.exists() or path.is_symlink()) and not (overwrite and path.is_file()):
-        raise NotPatchableError(f"{path} exists already", "choose another place, or remove it first")
-    if not path.absolute().parent.is_dir():
-        raise StorageError(f"{path.absolute().parent}: no such folder", "make the folder first")
+    with disk.storage_errors(path):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            return
+        if (path.exists() or path.is_symlink()) and not (overwrite and path.is_file()):
+            raise NotPatchableError(f"{path} exists already", "choose another place, or remove it first")
+        if not path.absolute().parent.is_dir():
+            raise StorageError(f"{path.absolute().parent}: no such folder", "make the folder first")
 
 
 def _inside(folder: Path, path: Path) -> Path:

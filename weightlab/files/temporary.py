@@ -74,6 +74,8 @@ def clear_left(path: Path) -> None:
     head = fitting(path.name, before=".", after=end).removesuffix(end)
     form = re.compile(re.escape(head) + r"\.[0-9a-f]{8}" + re.escape(SUFFIX))
     parent = path.absolute().parent
+    if not os.path.isdir(parent):
+        return
     with disk.storage_errors(parent):
         within = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -2,9 +2,9 @@
 
     python tests/stack/golden/make.py version-0.1.zip twice-0.1.zip
 
-For the first it makes a model of two shards and two patches, begins each of three changes in a child process, kills the child right
-after a chosen system call, and packs the model's folder as it lies then. It is kept to say what is in the archive, not
-to be run again: folders of version 0.1 must be read, recovered and changed for ever. In the archive are:
+For the first it makes a model of two shards and two patches, begins each of three changes in a child process, kills the
+child right after a chosen system call, and packs the model's folder as it lies then. It is kept to say what is in the
+archives, not to be run again: folders of version 0.1 must be read, recovered and changed for ever. In the first are:
 
     p.safetensors, q.safetensors        the patches: `p` exact, in both shards; `q` dense, meets `p` in one tensor
     states/NAME/                        the weights, as `apply --out` made them: clean, p, q, p+q, p+q@2
