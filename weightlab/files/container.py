@@ -90,6 +90,8 @@ def read_header(path: Path) -> Header:
             pass
     except SafetensorError as error:
         raise _malformed(path, f"the safetensors library refuses it: {error}") from error
+    except (OSError, RuntimeError) as error:  # it was there just now, and torch cannot open it
+        raise MissingInputError(f"{path}: {error}", "check the path") from error
     return Header(entries, metadata, 8 + length, size, str(hasher.hexdigest()))
 
 

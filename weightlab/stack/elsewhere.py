@@ -18,6 +18,8 @@ from weightlab.sources.local import LocalSource
 from weightlab.stack.records import StackState
 from weightlab.stack.state import FOLDER, places
 
+_ABOVE = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -56,9 +58,10 @@ def elsewhere(source: LocalSource) -> Iterator[Found]:
     own = os.path.realpath(source.folder)
     real = {os.path.realpath(source.folder / file): file for file in source.headers}
     digests = {header.digest: file for file, header in source.headers.items()}
-    # Where a file itself lies, and one folder above: there it may be a module of a larger model.
+    # Where a file itself lies, and the folders above: there it may be a part of a larger model.
     homes = {own, *(os.path.dirname(p) for p in real)}
-    homes |= {os.path.dirname(home) for home in homes}
+    for _ in range(_ABOVE):
+        homes |= {os.path.dirname(home) for home in homes}
     for home in sorted(homes):
         if not os.path.lexists(os.path.join(home, FOLDER)):
             continue

@@ -215,13 +215,14 @@ class _Change:
     def _require_room(self, rewrite: Sequence[Target], patches: Sequence[Patch]) -> None:
         folder = self.place.checkpoint.path
         kept = sum(t.spec.nbytes for t in rewrite if t.spec.name not in self.state.tensors)
-        device = os.stat(folder).st_dev
         on = {record.id for record in self.state.patches}
-        files = [os.stat(f) for p in patches if p.id not in on for f in p.files.values()]
+        with disk.storage_errors(folder):
+            device = os.stat(folder).st_dev
+            files = [os.stat(f) for p in patches if p.id not in on for f in p.files.values()]
+            sizes = {s: os.stat(folder / s).st_size for s in self._shards(rewrite)}
         copied = [f.st_size for f in files if f.st_dev != device]
-        linked = [os.stat(folder / s).st_size for s in self._linked(rewrite)]
-        sizes = [os.stat(folder / s).st_size for s in self._shards(rewrite)]
-        disk.require_room(folder, kept + sum(copied) + sum(linked), max([kept, *copied, *sizes], default=0))
+        linked = sum(sizes[s] for s in self._linked(rewrite))
+        disk.require_room(folder, kept + sum(copied) + linked, max([kept, *copied, *sizes.values()], default=0))
 
     def _check(self, rewrite: Sequence[Target], found: Digests) -> None:
         damaged = [
