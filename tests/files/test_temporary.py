@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from weightlab.errors import StorageError
+from weightlab.errors import NotPatchableError, StorageError
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file, atomic_folder, replace_file
 from weightlab.files.temporary import fitting, temporary_folder
@@ -57,6 +57,9 @@ def test_a_kill_after_any_operation(tmp_path: Path, write: Make) -> None:
         place = tmp_path / "out"
         if place.exists():
             assert (place if write is write_file else place / "inside").read_bytes() == b"whole"
+            with pytest.raises(NotPatchableError, match="exists already"):
+                write(place)
+            assert [p.name for p in tmp_path.iterdir()] == ["out"], count
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         write(place)
         assert [p.name for p in tmp_path.iterdir()] == ["out"], count

@@ -17,13 +17,14 @@ from weightlab.files.temporary import clear_left, temporary_folder
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Checks, before any work, that output may go to `path`.
+    """Checks, before any work, that output may go to `path`, and clears away what killed runs left of such output.
 
     Raises:
         NotPatchableError: a file, or a folder that is not empty, is there already.
         StorageError: the folder it should go into does not exist, or the name is none for the file system.
     """
     with disk.storage_errors(path):
+        clear_left(path)
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             return
         if (path.exists() or path.is_symlink()) and not (overwrite and path.is_file()):
@@ -42,7 +43,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Every file in it is synced before the rename. `path` may be an empty folder.
     """
-    clear_left(path)
     refuse_existing(path)
     with temporary_folder(path) as home:
         temporary = _inside(home, path)
@@ -60,7 +60,6 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     It lies in a temporary folder, which can be locked before the file is there. The block makes the file, for instance
     with `disk.create`.
     """
-    clear_left(path)
     refuse_existing(path, overwrite=overwrite)
     if path.is_dir():
         raise NotPatchableError(f"{path} is a folder", "give the name of a file")

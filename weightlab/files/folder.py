@@ -166,18 +166,18 @@ class Folder:
                 disk.sync_file(fd, self.path / temporary)
             finally:
                 os.close(fd)
-            self.rename(temporary, name)
+            self.move(temporary, name)
         except BaseException:
-            self.unlink(temporary, missing_ok=True)
+            self.remove(temporary, missing_ok=True)
             raise
         self.sync()
 
-    def rename(self, old: str, new: str, to: Folder | None = None) -> None:
+    def move(self, old: str, new: str, to: Folder | None = None) -> None:
         """Renames in this folder, or to a name in the folder `to`."""
         target = self if to is None else to
         disk.rename(self.path / old, target.path / new, within=self.fd, to=target.fd)
 
-    def unlink(self, name: str, *, missing_ok: bool = False) -> None:
+    def remove(self, name: str, *, missing_ok: bool = False) -> None:
         disk.unlink(self.path / name, missing_ok=missing_ok, within=self.fd)
 
     def remove_folder(self, name: str) -> None:

@@ -106,20 +106,26 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     What the block makes in it, it renames to `path` when all is well: that is on the same file system.
     """
     fd = -1
+    temporary = _beside(path)
     try:
-        while fd < 0 or not os.fstat(fd).st_nlink:  # none: another run took it for one that was left, just then
-            if fd >= 0:
-                os.close(fd)
-            temporary = path.absolute().parent / fitting(path.name, before=".", after=f".{_token()}{SUFFIX}")
+        disk.make_folder(temporary)
+        fd = _locked(temporary)
+        while not os.fstat(fd).st_nlink:  # another run took it for one that was left, just then
+            os.close(fd)
+            fd, temporary = -1, _beside(path)
             disk.make_folder(temporary)
             fd = _locked(temporary)
         os.close(disk.create(temporary / _proof(fd), within=fd))
         yield temporary
     finally:
+        if temporary.is_dir():
+            disk.remove_tree(temporary, last=_proof(fd) if fd >= 0 else None)
         if fd >= 0:
-            if temporary.is_dir():
-                disk.remove_tree(temporary, last=_proof(fd))
             os.close(fd)
+
+
+def _beside(path: Path) -> Path:
+    return path.absolute().parent / fitting(path.name, before=".", after=f".{_token()}{SUFFIX}")
 
 
 def _locked(folder: Path) -> int:

@@ -24,6 +24,7 @@ from weightlab.errors import InputError, MissingInputError, NotPatchableError, U
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file
 from weightlab.files.digest import bytes_digest
+from weightlab.files.temporary import clear_left
 from weightlab.ops.diff import diff
 from weightlab.ops.operands import model_path
 from weightlab.ops.transfer import transfer
@@ -194,12 +195,15 @@ class _Run:
     def _tidy(self, step: Step) -> None:
         """Removes what only a step itself needed, if it is there."""
         for folder in (self._work / step.name / "out", self._work / step.name / "start"):
+            clear_left(folder)
             if folder.exists():
                 disk.remove_tree(folder)
+        clear_left(self._patch(step.name))
 
     def _begin(self) -> None:
         _folder(self._work)
         state = self._work / _STATE
+        clear_left(state)
         if not state.exists():
             content = json.dumps({"plan": self._id, "steps": [step.name for step in self._steps]})
             with atomic_file(state) as temporary:

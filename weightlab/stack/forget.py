@@ -32,7 +32,7 @@ def forget(path: Path, wait: float) -> list[str]:
                     if name == ours or (whole and name.endswith(ENDING)):
                         notes += _drop(checkpoint, top, name)
                     elif whole and top.kind(name) == "link":
-                        top.unlink(name)
+                        top.remove(name)
                         notes.append(f"{top.path / name}: a link, removed")
                 clear_dropped(top)
         remove_empty(checkpoint, FOLDER)
@@ -45,9 +45,9 @@ def _drop(checkpoint: Folder, top: Folder, name: str) -> list[str]:
     if top.kind(name) == "folder":
         with top.inside(name) as folder:
             begun = folder is not None and folder.kind(INTENT) is not None
-        top.rename(name, dropped_name(name))
+        top.move(name, dropped_name(name))
     else:
-        top.unlink(name)
+        top.remove(name)
     top.sync()
     notes = [f"{name.removesuffix(ENDING)}: its kept clean bytes and patches are removed"]
     left = [n for n in checkpoint.names() if n.endswith(BUSY)] if begun else []

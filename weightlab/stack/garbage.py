@@ -53,14 +53,14 @@ def _collect(folder: Folder, state: StackState) -> None:
     for below, name in list(garbage(folder, state)):
         with folder.inside(below) if below else nullcontext(folder) as inner:
             if inner is not None:
-                inner.remove_tree(name) if inner.kind(name) == "folder" else inner.unlink(name)
+                inner.remove_tree(name) if inner.kind(name) == "folder" else inner.remove(name)
     remove_empty(folder, COPIES)
     if state.patches or state.tensors:
         return
     with folder.inside(ORIGINALS) as originals:
         if originals is not None:
             originals.sync()  # the record goes after what it vouches for
-    folder.unlink(STACK, missing_ok=True)
+    folder.remove(STACK, missing_ok=True)
     for name in (ORIGINALS, PATCHES):
         remove_empty(folder, name)
 

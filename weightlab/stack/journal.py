@@ -111,7 +111,7 @@ def begin(place: StatePlace, intent: Intent) -> None:
 def _set_aside(place: StatePlace, shards: Sequence[str]) -> None:
     for shard in shards:
         with place.checkpoint.holder(shard) as (folder, name):
-            folder.rename(name, busy_name(name))
+            folder.move(name, busy_name(name))
     _sync_names(place, shards)
 
 
@@ -188,12 +188,12 @@ def finish(place: StatePlace, intent: Intent) -> None:
                         f"{usual}: someone wrote it while {busy} was set aside",
                         f"keep one of the two under the name {name}, and drop the stack with --forget",
                     )
-                folder.rename(busy, name)
+                folder.move(busy, name)
             elif folder.kind(name) is None:
                 raise IntegrityError(f"{usual} is missing", "restore it from a copy")
     _sync_names(place, intent.shards)
     with place.made() as folder:
-        folder.unlink(INTENT, missing_ok=True)
+        folder.remove(INTENT, missing_ok=True)
         folder.sync()
     collect(place)
 

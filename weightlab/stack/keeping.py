@@ -48,7 +48,7 @@ def keep_clean(
         disk.sync_file(fd, path)
     finally:
         os.close(fd)
-    folder.rename(temporary, file)
+    folder.move(temporary, file)
     return found
 
 
@@ -85,4 +85,4 @@ def store(patches: Folder, patch: Patch) -> None:
         if open_kept(patches, temporary).id != patch.id:
             raise IntegrityError(f"{patch.label} was changed while it was in use", "open it again")
         folder.sync()
-    patches.rename(temporary, patch.id)
+    patches.move(temporary, patch.id)

@@ -39,6 +39,6 @@ def own_copies(place: StatePlace, files: Sequence[str]) -> list[str]:
             temporary = f"{number}.copy"
             disk.copy_file(place.checkpoint.path / file, copies.path / temporary, within=copies.fd)
             disk.sync_path(copies.path / temporary, within=copies.fd)
-            copies.rename(temporary, name, to=folder)
+            copies.move(temporary, name, to=folder)
         notes.append(f"{file} was a link; it is a copy of its own now")
     return notes
