@@ -167,3 +167,17 @@ def test_files_of_their_own_beside_it_are_free(weightlab: Weightlab, place: Path
     for name in ("model", "backup"):
         assert weightlab("remove", f"m/{name}.safetensors", "--all").code == 0
         assert Path(f"m/{name}.safetensors").read_bytes() == Path("clean.safetensors").read_bytes()
+
+
+def test_one_shard_of_a_larger_model_is_not_changed_by_itself(weightlab: Weightlab, place: Path) -> None:
+    shutil.copy("clean.safetensors", "m/s.safetensors")
+    index(f"m/{INDEX}", "s.safetensors")
+    before = content(place)
+    for more in ((), ("--dry-run",)):
+        ended = weightlab("apply", "m/s.safetensors", "p.safetensors", "--in-place", *more)
+        assert ended.code == 4 and "one shard of a larger checkpoint" in ended.err and INDEX in ended.err
+    assert content(place) == before
+    shutil.copy("clean.safetensors", "m/free.safetensors")  # which the index does not have
+    assert weightlab("apply", "m/free.safetensors", "p.safetensors", "--in-place").code == 0
+    assert load_file("m/free.safetensors")["w"].tolist() == [[2.0] * 4] * 4
+    assert load_file("m/s.safetensors")["w"].tolist() == [[1.0] * 4] * 4

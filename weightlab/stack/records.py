@@ -31,6 +31,10 @@ def _plain(text: str) -> str:
     return text
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 FileName = Annotated[str, AfterValidator(_plain)]
 """A file of the checkpoint: a plain name, or several with `/` between them where it lies in folders below."""
 
@@ -44,10 +48,13 @@ class _Strict(BaseModel):
 
 
 class PatchOn(_Strict):
-    """A patch that is on. `name`: what its file was called, so that it can be named once the file is gone."""
+    """A patch that is on.
+
+    `name`: what its file was called, so that it can be named once the file is gone; what does not print is a `?` in it.
+    """
 
     id: Digest
-    name: str
+    name: Annotated[str, AfterValidator(_printable)]
     scale: _Scale
     include: list[str] = []
     exclude: list[str] = []
