@@ -157,6 +157,19 @@ FIELDS: dict[str, tuple[str, Callable[[Any, str], None]]] = {
 }
 
 
+def test_a_tensor_that_the_change_does_not_touch(
+    weightlab: Weightlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the model, and no clean bytes of it are kept."""
+    monkeypatch.chdir(tmp_path)
+    lay_out(begun=True)
+    edit("intent.json", lambda tree: tree["rewrite"].append("v"))
+    before = around("model", VICTIM)
+    ended = weightlab("status", "model")
+    assert ended.code == 5 and "v: not a tensor that the change concerns" in ended.err
+    assert around("model", VICTIM) == before
+
+
 @pytest.mark.parametrize("name", [*NAMES, "thesis.txt", "clean/model.safetensors"], ids=repr)
 @pytest.mark.parametrize("field", FIELDS)
 def test_names_that_a_record_may_not_give(
