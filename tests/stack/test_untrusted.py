@@ -312,6 +312,7 @@ def test_what_others_put_into_the_folder_stays(weightlab: Weightlab, place: Path
     assert weightlab("remove", "model", "--all").code == 0
     assert Path(f"model/{SHARD}").read_bytes() == Path(f"clean/{SHARD}").read_bytes()
     assert [(STATE / name).read_text() for name in theirs] == ["mine"] * len(theirs)
+    assert (STATE / "originals" / "7.bin").is_dir()
     assert weightlab("status", "model").code in (0, 5)
     assert json.loads(weightlab("status", "model", "--json").out or "{}").get("patches", []) == []
 
@@ -327,3 +328,24 @@ def test_a_name_cannot_speak_to_the_terminal(weightlab: Weightlab, place: Path) 
     assert weightlab("apply", "model", str(odd), "--in-place").code == 0
     assert "?[1m.safetensors" in weightlab("status", "model").out
     assert weightlab("remove", "model", str(odd)).code == 0
+
+
+def test_a_record_of_a_long_name_is_for_that_name(
+    weightlab: Weightlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_out()
+    assert weightlab("remove", "model", "--all").code == 0
+    names = ["k" * 243 + end + ".safetensors" for end in ("", "b")]
+    os.rename(f"model/{SHARD}", f"model/{names[0]}")
+    assert weightlab("apply", "model", "p.safetensors", "--in-place").code == 0
+    (state,) = Path("model/.weightlab").iterdir()
+    record = json.loads((state / "stack.json").read_text())
+    assert record["anchor"] == names[0]
+    for other in (names[1], SHARD, "../model.safetensors"):
+        (state / "stack.json").write_text(json.dumps(record | {"anchor": other}))
+        ended = weightlab("status", "model")
+        assert ended.code == 5 and "stack.json" in ended.err, other
+    (state / "stack.json").write_text(json.dumps(record))
+    assert weightlab("remove", "model", "--all").code == 0
+    assert os.listdir("model") == [names[0]]
