@@ -28,7 +28,14 @@ def with_adapter(folder: Path) -> Path:
     save_file(
         {f"{key}A.weight": torch.ones(1, 4), f"{key}B.weight": torch.ones(4, 1)}, folder / "adapter_model.safetensors"
     )
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
