@@ -36,6 +36,10 @@ class UsageError(WeightlabError):
     exit_code = 2
 
 
+class UnknownNetworkError(UsageError):
+    """The network of a checkpoint is needed and not known: no class for it, code of its own, sizes that cannot be."""
+
+
 class InputError(WeightlabError):
     """An input is missing or cannot be used."""
 

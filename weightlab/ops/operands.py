@@ -145,11 +145,12 @@ def base_of(
         if model is None:
             yield None, lambda: None
             return
-        network: Network = (lambda: None) if isinstance(model, Mapping) else partial(network_in, model)
         with (
             reading(model, key=key, wait=wait) as source,
             clean_view(source, resources or Resources()) as (clean, _),
         ):
+            of_file = not isinstance(model, Mapping)
+            network: Network = partial(network_in, model, clean.specs) if of_file else (lambda: None)
             yield clean, network
 
     return opened

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.errors import MisfitError, UsageError
+from weightlab.errors import MisfitError, UnknownNetworkError
 from weightlab.files.atomic import atomic_folder, refuse_existing
-from weightlab.networks.made import network_in
+from weightlab.networks.configuration import CONFIG
+from weightlab.networks.made import needed_network
 from weightlab.ops.adapter_out import LoraExport
 from weightlab.ops.companions import copy_companions
 from weightlab.ops.lora import lora_export
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, reading
 from weightlab.patches.fit import StackEntry
+from weightlab.patches.patch import Patch
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
+from weightlab.tensors.spec import TensorSpec
 from weightlab.twin.folder import EXPERTS, SHARED, Twin, open_twin
 from weightlab.twin.loading import base_of_twin
 
@@ -56,7 +59,7 @@ def twin_export(
         architecture: the class of transformers; None: the expert's, else the base's.
 
     Raises:
-        UsageError: the network is not known.
+        UnknownNetworkError: the network is not known.
         MisfitError: the base has classifiers of another size than the experts' own.
         WrongBaseError, MissingInputError: see `TwinModel.from_pretrained`.
     """
@@ -72,11 +75,14 @@ def twin_export(
         entry = StackEntry(twin.shared, twin.shared.exact_scale)
         options = ChangeOptions("refuse", False, wait, False, resources)
         write_out(start, temporary / SHARED, lambda on: [(SHARED, entry)], None, options)
+        with reading(temporary / SHARED) as source:
+            specs = dict(source.specs)
         for name, patch in twin.exclusive.items():
             own = twin.path / EXPERTS / name
-            network = network_in(own if (own / "config.json").is_file() else temporary / SHARED, architecture)
-            if network is None:
-                raise UsageError(f"the network of {name} is not known", "give architecture=")
+            described = own if (own / CONFIG).is_file() else temporary / SHARED
+            if not (described / CONFIG).is_file():
+                raise UnknownNetworkError(f"the network of {name} is not known: no {CONFIG}", "put the expert's there")
+            network = needed_network(described, specs | _specs(patch), architecture)
             exported = lora_export(
                 patch,
                 temporary / name,
@@ -93,6 +99,12 @@ def twin_export(
             kept = [Path(file.name) for file in sorted(own.glob("*.json"))]
             copy_companions(own, kept, temporary / name)
     return done
+
+
+def _specs(patch: Patch) -> dict[str, TensorSpec]:
+    """What a patch leaves behind of each tensor."""
+    kept = {n: r for n, r in patch.records.items() if r.encoding != "removed"}
+    return {name: TensorSpec(name, record.dtype, tuple(record.shape)) for name, record in kept.items()}
 
 
 def _require_no_other_head(twin: Twin, base: PathLike, wait: float) -> None:
