@@ -19,7 +19,7 @@ from weightlab.errors import UnknownNetworkError
 from weightlab.tensors.spec import TensorSpec
 
 MODULES_A_TENSOR, MODULES = 64, 4096
-"""Modules of a network, so many for each tensor in the files and so many beside; transformers makes about two a tensor."""
+"""Modules and parameters of a network: so many for each tensor in the files, and so many beside."""
 ELEMENTS_A_BYTE, ELEMENTS = 8, 2**24
 """Likewise its elements. Codes of two bits are four a byte; a tied embedding counts twice."""
 SIZE = 2**20

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightlab.errors import MisfitError, UnknownNetworkError
+from weightlab.files import disk
 from weightlab.files.atomic import atomic_folder, refuse_existing
+from weightlab.files.foreign import read_bytes
 from weightlab.networks.configuration import CONFIG
 from weightlab.networks.made import needed_network
 from weightlab.ops.adapter_out import LoraExport
-from weightlab.ops.companions import copy_companions
 from weightlab.ops.lora import lora_export
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, reading
@@ -19,7 +21,7 @@ from weightlab.patches.patch import Patch
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
 from weightlab.tensors.spec import TensorSpec
-from weightlab.twin.folder import EXPERTS, SHARED, Twin, open_twin
+from weightlab.twin.folder import CONFIGURATION, EXPERTS, SHARED, Twin, open_twin
 from weightlab.twin.loading import base_of_twin
 
 
@@ -96,9 +98,20 @@ def twin_export(
             )
             exported.out = str(place / name)
             done.adapters[name] = exported
-            kept = [Path(file.name) for file in sorted(own.glob("*.json"))]
-            copy_companions(own, kept, temporary / name)
+            _copy_configuration(own, temporary / name)
     return done
+
+
+def _copy_configuration(own: Path, out: Path) -> None:
+    """The expert's configuration, by name; another link or file is not taken along."""
+    for name in CONFIGURATION:
+        if (own / name).is_file():
+            content = read_bytes(own / name, follow=False)
+            fd = disk.create(out / name)
+            try:
+                disk.write_at(fd, content, 0, out / name)
+            finally:
+                os.close(fd)
 
 
 def _specs(patch: Patch) -> dict[str, TensorSpec]:
