@@ -185,6 +185,22 @@ wait = click.option(
     "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait for another process to finish."
 )
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity as they are.")
+
+
+def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from weightlab.networks.trust import trusting_remote_code
+
+        ctx.with_resource(trusting_remote_code())
+
+
+trust_remote_code = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Let networks and tokenizers be made by the Python files in a model's folder, which can do anything.",
+)
 links = click.option(
     "--links",
     type=click.Choice(["refuse", "copy"]),

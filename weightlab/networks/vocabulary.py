@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightlab.errors import InputError, UsageError
+from weightlab.errors import InputError, UsageError, WeightlabError
 from weightlab.networks.made import network_in
 from weightlab.networks.names import file_views
-from weightlab.networks.trust import trust_remote_code
+from weightlab.networks.tokenizers import tokenizer_in
 from weightlab.tensors.spec import TensorSpec
 
 TOKENIZER_FILES = (
@@ -42,13 +42,11 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
                 with_added_tokens=True
             )
         else:
-            from transformers import AutoTokenizer
-
-            load: Any = AutoTokenizer.from_pretrained
-            made = load(folder, local_files_only=True, trust_remote_code=trust_remote_code())
-            found = made.get_vocab()
+            found = tokenizer_in(folder).get_vocab()
     except ImportError as error:
         raise UsageError(f"{folder}: reading its tokenizer needs transformers", "pip install transformers") from error
+    except WeightlabError:
+        raise
     except Exception as error:  # tokenizers raises bare ones
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}", "get its files again") from error
     if (folder / "added_tokens.json").is_file():

@@ -62,6 +62,7 @@ from weightlab_cli.options import Common
 @options.allow_nonfinite
 @options.dry_run(options.DRY_PATCH)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,
