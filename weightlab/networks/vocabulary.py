@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,15 @@ def vocabulary_tensors(folder: Path | None, specs: Mapping[str, TensorSpec]) -> 
     network: Any = None if folder is None else network_in(folder, specs)
     if network is None:
         return [name for name in specs if name.endswith(_ENDINGS)]
-    owners = [network.get_input_embeddings(), network.get_output_embeddings()]
+    owners = [_owner(network.get_input_embeddings), _owner(network.get_output_embeddings)]
     ids = {id(parameter) for owner in owners if owner is not None for parameter in owner.parameters(recurse=False)}
     state = {name for name, parameter in network.named_parameters(remove_duplicate=False) if id(parameter) in ids}
     return [file for file, (owner, _) in file_views(network).items() if owner in state and file in specs]
+
+
+def _owner(get: Callable[[], Any]) -> Any:
+    """The module with a row for each token; None where the network says that it has none, in one way or another."""
+    try:
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None
