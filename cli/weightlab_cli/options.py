@@ -201,6 +201,7 @@ trust_remote_code = click.option(
     callback=_trust,
     help="Let networks and tokenizers be made by the Python files in a model's folder, which can do anything.",
 )
+allow_growth = click.option("--allow-growth", is_flag=True, help="Let a patch add far more bytes than it has.")
 links = click.option(
     "--links",
     type=click.Choice(["refuse", "copy"]),

@@ -30,6 +30,7 @@ def apply(
     exclude: Sequence[str] = ...,
     renames: Mapping[str, str] | None = ...,
     allow_nonfinite: bool = ...,
+    allow_growth: bool = ...,
     resources: Resources | None = ...,
 ) -> dict[str, Tensor]: ...
 
@@ -47,6 +48,7 @@ def apply(
     key: str | None = ...,
     links: Links = ...,
     allow_nonfinite: bool = ...,
+    allow_growth: bool = ...,
     wait: float = ...,
     dry_run: bool = ...,
     resources: Resources | None = ...,
@@ -65,6 +67,7 @@ def apply(
     key: str | None = None,
     links: Links = "refuse",
     allow_nonfinite: bool = False,
+    allow_growth: bool = False,
     wait: float = 0.0,
     dry_run: bool = False,
     resources: Resources | None = None,
@@ -80,6 +83,7 @@ def apply(
         include, exclude: globs over the model's tensor names.
         renames: {old prefix: new prefix} from the patch's tensor names to the model's.
         key: where in a pickle the state dict lies.
+        allow_growth: whether a patch may add far more bytes than it has.
         links, allow_nonfinite, wait, dry_run: see `ChangeOptions`.
 
     Returns:
@@ -95,14 +99,15 @@ def apply(
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
-        return patch_state_dict(model, [e for _, e in entries], resources, allow_nonfinite=allow_nonfinite)
+        wanted = [entry for _, entry in entries]
+        return patch_state_dict(model, wanted, resources, allow_nonfinite=allow_nonfinite, allow_growth=allow_growth)
     if (out is not None) == in_place:
         raise UsageError("say where the result goes", "either --out PATH or --in-place")
     options = ChangeOptions(links, allow_nonfinite, wait, dry_run, resources)
     if in_place:
         return outcome_of(model, change(Path(model), lambda on: joined(model, on, entries), options), dry_run)
     assert out is not None
-    return write_out(model, Path(out), lambda on: joined(model, on, entries), key, options)
+    return write_out(model, Path(out), lambda on: joined(model, on, entries), key, options, allow_growth=allow_growth)
 
 
 def _entries(

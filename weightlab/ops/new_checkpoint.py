@@ -15,6 +15,7 @@ from weightlab.ops.outcome import Outcome, PatchOnInfo
 from weightlab.ops.write import SINGLE, Written, index_content, plan_files, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
+from weightlab.patches.growth import require_proportion
 from weightlab.sources import Source
 from weightlab.sources.gguf import GgufSource
 from weightlab.sources.local import LocalSource
@@ -24,9 +25,17 @@ from weightlab.stack.transaction import ChangeOptions, Decide
 from weightlab.stream.executor import Resources
 
 
-def checked_fit(clean: Source, entries: Sequence[StackEntry], resources: Resources) -> Fit:
-    """Fits patches to a checkpoint, reads and checks every part of them and every base that must be the very one."""
+def checked_fit(
+    clean: Source, entries: Sequence[StackEntry], resources: Resources, *, allow_growth: bool = False
+) -> Fit:
+    """Fits patches to a checkpoint, reads and checks every part of them and every base that must be the very one.
+
+    Args:
+        allow_growth: whether they may add far more than they hold.
+    """
     fitted = fit(clean, entries)
+    if not allow_growth:
+        require_proportion(fitted)
     for entry in entries:
         entry.patch.verify(resources)
     check_bases(clean, fitted.targets.values(), resources)
@@ -40,12 +49,15 @@ def write_out(
     key: str | None,
     options: ChangeOptions,
     instead: Mapping[str, bytes] | None = None,
+    *,
+    allow_growth: bool = False,
 ) -> Outcome:
     """Writes the checkpoint that `decide` makes of a model and what is on it already.
 
     Args:
         out: a new or empty folder; `NAME.safetensors` for a model of one file.
         instead: files beside the weights, by name, in place of the model's own or beyond them.
+        allow_growth: whether patches may add far more than they hold.
 
     Raises:
         UsageError, MisfitError, StorageError and others, before the first byte is written.
@@ -60,7 +72,8 @@ def write_out(
         if one_file and local is not None and local.index is not None:
             raise UsageError(f"{path} has shards and {out.name} is one file", "give a folder as --out")
         entries = sorted(decide(on), key=lambda o: o[1].patch.id)
-        fitted = checked_fit(clean, [entry for _, entry in entries], options.resources)
+        patches = [entry for _, entry in entries]
+        fitted = checked_fit(clean, patches, options.resources, allow_growth=allow_growth)
         files = plan_files(local, clean, fitted, _single(local, out, one_file))
         small = {} if one_file else dict(instead or {})
         beside, left = ([], []) if one_file or not path.is_dir() else companions(path, _files_of(local))

@@ -21,6 +21,7 @@ from weightlab_cli.options import Common
 @options.key
 @options.links
 @options.allow_nonfinite
+@options.allow_growth
 @options.dry_run(options.DRY_CHANGE)
 @options.wait
 @options.trust_remote_code
