@@ -71,7 +71,7 @@ def build(root: Path) -> None:
     experts = {"one": mine / "tuned", "two": mine / "other"}
     wl.twin_split(mine / "base", experts, stranger / "twin", compress="low_rank:2")
     (stranger / "plan").mkdir()
-    plan = {"bases": ["../../mine/base", "../../mine/other"], "train": "true {start} {out}"}
+    plan = {"bases": ["../../mine/base", "../../mine/other"], "train": "cp -r {start} {out}"}
     (stranger / "plan" / "plan.yaml").write_text(json.dumps(plan | {"work": "work", "result": "result"}))
     victim(root / "victim")
 
@@ -141,9 +141,12 @@ def link_to_folder(place: Path, other: Path) -> None:
 
 def link_to_copy(place: Path, other: Path) -> None:
     """A link to the same content elsewhere: all that is read is right."""
-    _gone(other / f"copy-{place.name}")
-    shutil.move(place, other / f"copy-{place.name}")
-    place.symlink_to(other / f"copy-{place.name}")
+    target = other / f"copy-{place.name}"
+    if place.exists():
+        shutil.move(place, target)
+    else:
+        target.mkdir()
+    place.symlink_to(target)
 
 
 def link_to_nothing(place: Path, other: Path) -> None:
