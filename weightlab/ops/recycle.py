@@ -143,7 +143,15 @@ class _Run:
         decisive = plan.model_dump(exclude={"result", "work"})
         self._id = bytes_digest(json.dumps(decisive, sort_keys=True).encode())[:16]
 
+    def _require_no_links(self) -> None:
+        folders = [self._work, *(self._work / step.name for step in self._steps)]
+        inside = [folder / name for folder in folders for name in (_STATE, "out", "start", "change.safetensors")]
+        links = [str(place) for place in (*folders, *inside, self._result) if place.is_symlink()]
+        if links:
+            raise NotPatchableError(f"{self._work}: links, which would lead elsewhere", "remove them", links)
+
     def run(self, dry_run: bool) -> Recycled:
+        self._require_no_links()
         self._check_place()
         done = Recycled(str(self._result), dry_run=dry_run)
         for step in self._steps:
@@ -159,11 +167,6 @@ class _Run:
         return done
 
     def _check_place(self) -> None:
-        folders = [self._work, *(self._work / step.name for step in self._steps)]
-        inside = [folder / name for folder in folders for name in (_STATE, "out", "start", "change.safetensors")]
-        links = [str(place) for place in (*folders, *inside, self._result) if place.is_symlink()]
-        if links:
-            raise NotPatchableError(f"{self._work}: links, which would lead elsewhere", "remove them", links)
         if self._result.exists():
             raise NotPatchableError(f"{self._result} exists already", "the plan has been carried out, or name another")
         state = self._work / _STATE
