@@ -18,8 +18,7 @@ def main(seed: int, root: Path, kind: str) -> None:
     stranger, victim = root / "stranger" / kind, root / "victim"
     aside = root / "stranger" / f"aside-{seed}"
     while not select.select([sys.stdin], [], [], 0)[0]:
-        places = [stranger, *sorted(stranger.rglob("*"))]
-        place = generator.choice(places)
+        place = generator.choice(sorted(stranger.rglob("*")) or [stranger / "nothing"])
         beside = victim / place.name
         with suppress(OSError):
             os.rename(place, aside)
