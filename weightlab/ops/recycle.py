@@ -141,17 +141,10 @@ class _Run:
         self._steps = steps_of(plan)
         # What decides the outcome; the name of the result does not.
         decisive = plan.model_dump(exclude={"result", "work"})
+        self._require_no_links()
         self._id = bytes_digest(json.dumps(decisive, sort_keys=True).encode())[:16]
 
-    def _require_no_links(self) -> None:
-        folders = [self._work, *(self._work / step.name for step in self._steps)]
-        inside = [folder / name for folder in folders for name in (_STATE, "out", "start", "change.safetensors")]
-        links = [str(place) for place in (*folders, *inside, self._result) if place.is_symlink()]
-        if links:
-            raise NotPatchableError(f"{self._work}: links, which would lead elsewhere", "remove them", links)
-
     def run(self, dry_run: bool) -> Recycled:
-        self._require_no_links()
         self._check_place()
         done = Recycled(str(self._result), dry_run=dry_run)
         for step in self._steps:
@@ -174,6 +167,13 @@ class _Run:
             raise NotPatchableError(
                 f"{self._work}: belongs to another plan, or this one was changed", "give `work` another folder"
             )
+
+    def _require_no_links(self) -> None:
+        folders = [self._work, *(self._work / step.name for step in self._steps)]
+        inside = [folder / name for folder in folders for name in (_STATE, "out", "start", "change.safetensors")]
+        links = [str(place) for place in (*folders, *inside, self._result) if place.is_symlink()]
+        if links:
+            raise NotPatchableError(f"{self._work}: links, which would lead elsewhere", "remove them", links)
 
     def _step(self, step: Step, *, last: bool) -> None:
         self._begin()
