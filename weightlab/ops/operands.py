@@ -149,9 +149,8 @@ def base_of(
             reading(model, key=key, wait=wait) as source,
             clean_view(source, resources or Resources()) as (clean, _),
         ):
-            of_file = not isinstance(model, Mapping)
-            network: Network = partial(network_in, model, clean.specs) if of_file else (lambda: None)
-            yield clean, network
+            known = None if isinstance(model, Mapping) else partial(network_in, model, clean.specs)
+            yield clean, known or (lambda: None)
 
     return opened
 
