@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import weightlab as wl
 from weightlab.adapters import patterns
-from weightlab.adapters.patterns import Patterns
+from weightlab.adapters.patterns import Patterns, matched
 from weightlab.errors import MalformedFileError
 
 NAMES = (
@@ -97,5 +97,24 @@ def test_alpha_pattern_decides_the_factor_of_each_module(tmp_path: Path) -> None
 def test_a_pattern_that_is_none_is_named_with_its_file(tmp_path: Path) -> None:
     _adapter(tmp_path / "ad", {"(": 3})
     base = {f"model.layers.{n}.self_attn.q_proj.weight": torch.zeros(4, 4) for n in (0, 1, 10)}
-    with pytest.raises(MalformedFileError, match=r"adapter_config\.json: alpha_pattern"):
+    with pytest.raises(MalformedFileError, match=r"ad/adapter_config\.json") as caught:
         wl.apply(base, str(tmp_path / "ad"))
+    assert "alpha_pattern" in str(caught.value) and "'('" in str(caught.value)
+
+
+def test_a_pattern_that_never_ends_is_no_reason_to_wait(tmp_path: Path) -> None:
+    _adapter(tmp_path / "ad", {"([a-z_.0-9]+)+[XY]": 3})
+    base = {f"model.layers.{n}.self_attn.q_proj.weight": torch.zeros(4, 4) for n in (0, 1, 10)}
+    out = wl.apply(base, str(tmp_path / "ad"))
+    assert all(bool((tensor == 2).all()) for tensor in out.values())
+
+
+def test_patterns_without_number_are_refused() -> None:
+    with pytest.raises(MalformedFileError, match="at most 256"):
+        Patterns([f"a{n}|b" for n in range(257)], "here")
+    assert Patterns([f"layers.{n}" for n in range(5000)], "here").owner_of("model.layers.4999") == "layers.4999"
+
+
+def test_values_by_pattern() -> None:
+    values = {r"layers\.[01]\..*": 1.0, "q_proj": 2.0}
+    assert [matched(values, name, 0.0) for name in ("x.layers.1.q_proj", "x.layers.7.q_proj", "up")] == [1.0, 2.0, 0.0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightlab.adapters.patterns import Patterns
+from weightlab.adapters.patterns import Patterns, matched
 from weightlab.errors import MalformedFileError, UnsupportedFormatError
 
 CONFIG = "adapter_config.json"
@@ -46,7 +46,6 @@ class AdapterConfig:
 
     alpha: float
     alphas: Mapping[str, float]
-    alpha_patterns: Patterns
     rslora: bool
     fan_in_fan_out: bool
     dora: bool
@@ -57,8 +56,7 @@ class AdapterConfig:
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B·A for a module (rsLoRA: arXiv 2312.03732)."""
-        key = self.alpha_patterns.owner_of(module)
-        alpha = self.alpha if key is None else self.alphas[key]
+        alpha = matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def parameters_of(self, module: str) -> list[str]:
@@ -95,20 +93,20 @@ def read_config(folder: Path) -> AdapterConfig:
     if refused:
         raise UnsupportedFormatError(f"{folder}: this adapter uses what cannot be computed here", remedy, refused)
     try:
-        return _parsed(found, path)
+        Patterns(found.get("alpha_pattern") or (), f"{path}: alpha_pattern")
+        return _parsed(found)
     except (TypeError, ValueError, AttributeError) as error:
         raise MalformedFileError(f"{path}: {error}", "get the adapter again") from error
 
 
-def _parsed(found: Mapping[str, Any], path: Path) -> AdapterConfig:
+def _parsed(found: Mapping[str, Any]) -> AdapterConfig:
     tokens = found.get("trainable_token_indices") or {}
     by_name = tokens if isinstance(tokens, Mapping) else {"": tokens}
     name = found.get("base_model_name_or_path")
     on_hub = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return AdapterConfig(
         alpha=float(found.get("lora_alpha", 8)),
-        alphas=(alphas := {key: float(alpha) for key, alpha in (found.get("alpha_pattern") or {}).items()}),
-        alpha_patterns=Patterns(alphas, f"{path}: alpha_pattern"),
+        alphas={key: float(alpha) for key, alpha in (found.get("alpha_pattern") or {}).items()},
         rslora=bool(found.get("use_rslora")),
         fan_in_fan_out=bool(found.get("fan_in_fan_out")),
         dora=bool(found.get("use_dora")),

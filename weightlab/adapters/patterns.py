@@ -10,20 +10,22 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from weightlab.errors import MalformedFileError
 
-MAX_LENGTH = 10_000
-"""Characters of a pattern; those of trainers that list every module have a few thousand."""
-SECONDS = 2.0
-"""Processor time that one set of patterns may take in all; sensible ones take microseconds a module."""
+MAX_LENGTH, MAX_COUNT = 10_000, 256
+"""Characters of a pattern, and patterns that are no plain names: trainers that list every module write long ones."""
+SECONDS, USUAL = 2.0, 1e-5
+"""Processor time that one set of patterns may take in all, beyond what a match of a sensible one takes."""
 
 _PLAIN = re.compile(r"[\w.-]+")
 _REMEDY = "mend the pattern in the adapter's configuration"
 _Shape = tuple[int, tuple[int, ...]]
+T = TypeVar("T")
 
 
 class Patterns:
@@ -56,6 +58,8 @@ class Patterns:
                 wrong.append(f"{str(text)[:80]!r}: {found}")
             else:
                 self._expressions.append((place, found))
+        if len(self._expressions) > MAX_COUNT:
+            wrong.append(f"{len(self._expressions):,} patterns, where at most {MAX_COUNT} make sense")
         if wrong:
             raise MalformedFileError(f"{where}: no regular expressions", _REMEDY, wrong)
         self._by_length: dict[int, list[_Shape]] = {}
@@ -110,13 +114,32 @@ class Patterns:
 
     @contextmanager
     def _measured(self, text: str, module: str) -> Iterator[None]:
-        begun = time.process_time()
+        begun = time.thread_time()
         try:
             yield
         except (TimeoutError, MemoryError):
             self._left = 0
         else:
-            self._left -= time.process_time() - begun
+            self._left -= max(0.0, time.thread_time() - begun - USUAL)
         if self._left <= 0:
             what = f"{text[:80]!r}" + (f" with {module[:80]}" if module else "")
             raise MalformedFileError(f"{self._where}: matching takes more than {SECONDS:g} seconds", _REMEDY, [what])
+
+
+def matched(values: Mapping[str, T], module: str, otherwise: T, where: str = "adapter_config.json") -> T:
+    """The value of the first pattern that fits a module, as peft looks up `rank_pattern` and `alpha_pattern`.
+
+    Args:
+        values: {pattern: value}.
+        where: what the patterns are of, for messages.
+
+    Raises:
+        MalformedFileError: see `Patterns`.
+    """
+    key = _patterns(tuple(values), where).owner_of(module)
+    return otherwise if key is None else values[key]
+
+
+@lru_cache(maxsize=16)
+def _patterns(texts: tuple[str, ...], where: str) -> Patterns:
+    return Patterns(texts, where)
