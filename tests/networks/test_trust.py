@@ -205,3 +205,19 @@ def test_the_command_line_asks_nothing(tmp_path: Path, trusting: bool) -> None:
     assert (folder / "RAN").exists() is trusting
     assert done.returncode == (0 if trusting else 2), done.stderr
     assert trusting or "--trust-remote-code" in done.stderr
+
+
+def test_an_adapter_that_needs_the_network_says_why_there_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = evil(tmp_path / "m")
+    save_file({"experts.a": torch.ones(4, 4), "experts.b": torch.ones(4, 4)}, folder / "model.safetensors")
+    (tmp_path / "ad").mkdir()
+    factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    parts = {f"base_model.model.experts.lora_{p}.weight": f for p, f in factors.items()}
+    parts |= {f"base_model.model.experts.base_layer.lora_{p}.weight": f.clone() for p, f in factors.items()}
+    save_file(parts, tmp_path / "ad" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.a", "experts.b"]}
+    (tmp_path / "ad" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(wl.WeightlabError) as caught:
+        wl.apply(folder, tmp_path / "ad", out=tmp_path / "out")
+    assert "--trust-remote-code" in str(caught.value) and not (folder / "RAN").exists()

@@ -63,9 +63,7 @@ def order_of(
     return None if network is None else file_order(network)
 
 
-def network_in(
-    model: str | os.PathLike[str], specs: Mapping[str, TensorSpec], architecture: str | None = None
-) -> nn.Module | None:
+def network_in(model: str | os.PathLike[str], specs: Mapping[str, TensorSpec]) -> nn.Module | None:
     """The network that a folder's `config.json` tells of, without weights; None where it is not known.
 
     Args: as for `needed_network`.
@@ -73,12 +71,35 @@ def network_in(
     Raises:
         MalformedFileError: the `config.json` is damaged.
     """
-    if not (Path(model) / CONFIG).is_file():
-        return None
-    try:
-        return needed_network(model, specs, architecture)
-    except UnknownNetworkError:
-        return None
+    return NetworkOf(model, specs)()
+
+
+class NetworkOf:
+    """Makes a model's network, without weights, when it is asked for.
+
+    Args: as for `needed_network`.
+
+    Attributes:
+        why: says, when it has been asked for in vain, why it is not known; None where there is no `config.json`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], specs: Mapping[str, TensorSpec]) -> None:
+        self._model, self._specs = model, specs
+        self.why: UnknownNetworkError | None = None
+
+    def __call__(self) -> nn.Module | None:
+        """The network; None where it is not known.
+
+        Raises:
+            MalformedFileError: the `config.json` is damaged.
+        """
+        if not (Path(self._model) / CONFIG).is_file():
+            return None
+        try:
+            return needed_network(self._model, self._specs)
+        except UnknownNetworkError as error:
+            self.why = error
+            return None
 
 
 def needed_network(

@@ -6,17 +6,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
 from weightlab.adapters.reading import Network, is_adapter
-from weightlab.errors import IntegrityError, MissingInputError, UsageError
+from weightlab.errors import IntegrityError, MissingInputError, UnknownNetworkError, UsageError, WeightlabError
 from weightlab.extract.adapter import adapter_patch
 from weightlab.files.lock import folder_lock
-from weightlab.networks.made import network_in
+from weightlab.networks.made import NetworkOf
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources import Source, open_source
 from weightlab.sources.virtual.memory import MemorySource
@@ -149,7 +148,7 @@ def base_of(
             reading(model, key=key, wait=wait) as source,
             clean_view(source, resources or Resources()) as (clean, _),
         ):
-            known = None if isinstance(model, Mapping) else partial(network_in, model, clean.specs)
+            known = None if isinstance(model, Mapping) else NetworkOf(model, clean.specs)
             yield clean, known or (lambda: None)
 
     return opened
@@ -181,11 +180,24 @@ def _opened(operand: PatchLike, base: Base) -> Patch:
     if not path.exists() and name.startswith(_HUB):
         raise MissingInputError(f"{name}: names on the Hub are not fetched here", "download the patch first")
     if is_adapter(path):
-        with base() as (source, network):
+        with base() as (source, network), _saying_why(network):
             patch = adapter_patch(path, source, network)
     else:
         patch = open_patch(path)
     return patch if scale is None else patch.at(scale)
+
+
+@contextmanager
+def _saying_why(network: Network) -> Iterator[None]:
+    """What goes wrong with an adapter may do so because the model's network is not known: then that is said too."""
+    try:
+        yield
+    except WeightlabError as error:
+        why: UnknownNetworkError | None = getattr(network, "why", None)
+        if why is None:
+            raise
+        reason = f"the network is not known: {why.message} ({why.remedy})"
+        raise type(error)(error.message, f"{error.remedy}; {reason}", error.offenders) from error
 
 
 def names_patch(operand: PatchLike) -> bool:
