@@ -7,7 +7,7 @@ from typing import Any
 
 from weightlab.errors import InputError, UsageError
 from weightlab.networks.configuration import CONFIG, read_configuration
-from weightlab.networks.trust import OWN_CODE_REMEDY, trust_remote_code
+from weightlab.networks.trust import remedy_for, trust_remote_code
 
 
 def tokenizer_in(folder: Path) -> Any:
@@ -29,7 +29,7 @@ def tokenizer_in(folder: Path) -> Any:
         load: Any = AutoTokenizer.from_pretrained
         return load(str(folder), local_files_only=True, trust_remote_code=trust_remote_code())
     except Exception as error:  # whatever goes wrong in other people's classes, from what is in the files
-        remedy = OWN_CODE_REMEDY if "trust_remote_code" in str(error) else "get its files again"
+        remedy = remedy_for(error, "get its files again")
         raise InputError(f"{folder}: its tokenizer cannot be read: {_short(error)}", remedy) from error
 
 

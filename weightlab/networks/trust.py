@@ -28,3 +28,8 @@ def trusting_remote_code() -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def remedy_for(error: Exception, otherwise: str) -> str:
+    """What to do about an error of transformers: of those that ask for trust, what weightlab calls it."""
+    return OWN_CODE_REMEDY if "trust_remote_code" in str(error) else otherwise

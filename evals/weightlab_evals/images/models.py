@@ -17,7 +17,7 @@ from weightlab.errors import InputError, MissingInputError, NamesMismatchError, 
 from weightlab.files.foreign import read_json
 from weightlab.networks.configuration import MAX_BYTES
 from weightlab.networks.made import network_of
-from weightlab.networks.trust import trust_remote_code
+from weightlab.networks.trust import remedy_for, trust_remote_code
 from weightlab.ops.operands import reading
 from weightlab.twin.folder import HEADER, open_twin
 from weightlab_evals.images.data import Image, Images
@@ -110,7 +110,10 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
             with looked_at(model):
                 module = make(model, local_files_only=True, trust_remote_code=trust_remote_code()).eval()
     except (ValueError, OSError) as error:
-        raise InputError(f"{model}: transformers cannot load it as an image classifier: {error}") from error
+        raise InputError(
+            f"{model}: transformers cannot load it as an image classifier: {error}",
+            remedy_for(error, "name the network with --model MODULE:FUNCTION"),
+        ) from error
     try:
         load: Callable[..., Any] = AutoImageProcessor.from_pretrained
         # Without torchvision.
@@ -136,7 +139,8 @@ def _of_timm(model: str, config: Mapping[str, Any], key: str | None) -> Classifi
             "pip install timm, with the torchvision that belongs to your torch; or name the network with --model",
         ) from error
     try:
-        module = timm.create_model(f"local-dir:{Path(model).absolute()}", pretrained=False).eval()
+        with looked_at(model):
+            module = timm.create_model(f"local-dir:{Path(model).absolute()}", pretrained=False).eval()
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{model}: timm cannot make this network: {error}") from error
     _load(module, model, f"timm's {config['architecture']}", key)

@@ -20,7 +20,7 @@ import weightlab as wl
 from weightlab.errors import InputError, UsageError
 from weightlab.files.atomic import atomic_file
 from weightlab.networks.tokenizers import tokenizer_in
-from weightlab.networks.trust import trust_remote_code
+from weightlab.networks.trust import remedy_for, trust_remote_code
 from weightlab_evals.loading import looked_at
 
 Loss = Callable[[nn.Module], float]
@@ -94,9 +94,8 @@ def text_loss(folder: str, text: Path, limit: int | None = None) -> tuple[nn.Mod
         tokenizer = tokenizer_in(Path(folder))
         tokens = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: cannot be scored on {text}: {error}", "give a language model, and a text"
-        ) from error
+        remedy = remedy_for(error, "give a language model, and a text")
+        raise InputError(f"{folder}: cannot be scored on {text}: {error}", remedy) from error
     blocks = [tokens[start : start + _CONTEXT] for start in range(0, len(tokens[:limit]), _CONTEXT)]
     blocks = [block for block in blocks if len(block) > 1]
     if not blocks:
