@@ -36,10 +36,6 @@ class UsageError(WeightlabError):
     exit_code = 2
 
 
-class UnknownNetworkError(UsageError):
-    """The network of a checkpoint is needed and not known: no class for it, code of its own, sizes that cannot be."""
-
-
 class InputError(WeightlabError):
     """An input is missing or cannot be used."""
 
@@ -60,6 +56,10 @@ class UnsafePickleError(InputError):
 
 class UnsupportedFormatError(InputError):
     """A format that is recognised and deliberately not read."""
+
+
+class UnknownNetworkError(InputError):
+    """The network of a checkpoint is needed and not known: no class for it, code of its own, sizes that cannot be."""
 
 
 class NonFiniteError(InputError):

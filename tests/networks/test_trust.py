@@ -203,7 +203,7 @@ def test_the_command_line_asks_nothing(tmp_path: Path, trusting: bool) -> None:
         env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert (folder / "RAN").exists() is trusting
-    assert done.returncode == (0 if trusting else 2), done.stderr
+    assert done.returncode == (0 if trusting else 3), done.stderr
     assert trusting or "--trust-remote-code" in done.stderr
 
 

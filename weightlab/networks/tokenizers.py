@@ -29,8 +29,8 @@ def tokenizer_in(folder: Path) -> Any:
         load: Any = AutoTokenizer.from_pretrained
         return load(str(folder), local_files_only=True, trust_remote_code=trust_remote_code())
     except Exception as error:  # whatever goes wrong in other people's classes, from what is in the files
-        remedy = remedy_for(error, "get its files again")
-        raise InputError(f"{folder}: its tokenizer cannot be read: {_short(error)}", remedy) from error
+        remedy = remedy_for(error, "copy the model's tokenizer files into it")
+        raise InputError(f"{folder}: no tokenizer that can be read: {_short(error)}", remedy) from error
 
 
 def _short(error: Exception) -> str:

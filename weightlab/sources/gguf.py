@@ -54,6 +54,12 @@ class _Gguf:
         except Exception as error:  # the reader takes the file as it is
             raise MalformedFileError(f"{path}: no whole GGUF file: {error}", "get the file again") from error
         require_plausible(numbers, specs, str(path))
+        # transformers makes a table of all names in every block, again for each of the network's modules.
+        blocks = [n for n in numbers if n.endswith(".block_count") and not 0 <= numbers[n] <= len(specs)]
+        if blocks:
+            raise UnknownNetworkError(
+                f"{path}: more blocks than tensors", "get the file again", [f"{n} = {numbers[n]}" for n in blocks]
+            )
         try:
             load: Any = AutoConfig.from_pretrained
             read: Any = load_gguf_checkpoint
