@@ -17,6 +17,7 @@ from weightlab.version import __version__
 
 if TYPE_CHECKING:
     from weightlab.networks.names import file_order
+    from weightlab.networks.trust import trusting_remote_code
     from weightlab.ops.apply import apply
     from weightlab.ops.compose import compose
     from weightlab.ops.connectivity import connectivity
@@ -73,6 +74,7 @@ _WHERE = {
     "signature": "weightlab.ops.signature",
     "status": "weightlab.ops.stack",
     "transfer": "weightlab.ops.transfer",
+    "trusting_remote_code": "weightlab.networks.trust",
     "twin_export": "weightlab.twin.export",
     "twin_split": "weightlab.twin.split",
     "verify": "weightlab.ops.verify",
@@ -111,6 +113,7 @@ __all__ = [
     "signature",
     "status",
     "transfer",
+    "trusting_remote_code",
     "twin_export",
     "twin_split",
     "verify",

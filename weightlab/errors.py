@@ -58,6 +58,10 @@ class UnsupportedFormatError(InputError):
     """A format that is recognised and deliberately not read."""
 
 
+class UnknownNetworkError(InputError):
+    """The network of a checkpoint is needed and not known: no class for it, code of its own, sizes that cannot be."""
+
+
 class NonFiniteError(InputError):
     """NaN or infinity in an input."""
 

@@ -190,6 +190,23 @@ experts_layout = click.option(
     help="How stacked experts lie in an adapter's lora_B, where it does not say so.",
 )
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity as they are.")
+
+
+def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from weightlab.networks.trust import trusting_remote_code
+
+        ctx.with_resource(trusting_remote_code())
+
+
+trust_remote_code = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Let networks and tokenizers be made by the Python files in a model's folder, which can do anything.",
+)
+allow_growth = click.option("--allow-growth", is_flag=True, help="Let a patch add far more bytes than it has.")
 links = click.option(
     "--links",
     type=click.Choice(["refuse", "copy"]),

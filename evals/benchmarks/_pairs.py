@@ -76,8 +76,11 @@ def _tune(model_folder: Path, out: Path) -> None:
 
     torch.manual_seed(0)
     texts = _docstrings(STEPS * BATCH)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).train()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    loaded = AutoModel.from_pretrained(
+        model_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    model = loaded.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.01)
 
     def embed(batch: list[str]) -> Tensor:

@@ -178,12 +178,12 @@ def test_the_order_is_known_without_weights(tmp_path: Path, kind: str) -> None:
     with torch.device("meta"):
         assert file_order(build()) == file_order(module)
     module.save_pretrained(tmp_path)
-    order = order_of(tmp_path)
+    order = order_of(tmp_path, {})
     assert order == file_order(module)
     first = {"vit": "vit.embeddings.cls_token", "mixtral": "model.embed_tokens.weight"}
     assert order is not None and order[0] == first[kind]
     (tmp_path / "config.json").write_text("{}")
-    assert order_of(tmp_path) is None and order_of(tmp_path / "model.safetensors") is None
+    assert order_of(tmp_path, {}) is None and order_of(tmp_path / "model.safetensors", {}) is None
 
 
 def test_plain_modules_go_by_their_state_dict() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import weightlab as wl
 from tests.adapters.test_peft import bert, gpt2, llama, mixtral, resnet, tied_llama
 from weightlab.encodings.low_rank import factorise
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError, WrongBaseError
+from weightlab.errors import MisfitError, NamesMismatchError, UnknownNetworkError, UsageError, WrongBaseError
 from weightlab.ops import factors
 from weightlab.ops.adapter_out import VLLM_RANKS
 
@@ -184,7 +184,7 @@ def test_what_makes_no_sense(pair: tuple[Path, Path], tmp_path: Path) -> None:
         wl.lora_export(wl.diff({"w": torch.zeros(9, 9)}, {"w": torch.ones(9, 9)}, encode="low_rank:1"), out, model=base)
     with pytest.raises(MisfitError, match="nothing in it"):
         wl.lora_export(wl.diff(base, tuned, encode="dense", include=["*norm*"]), out, model=base)
-    with pytest.raises(UsageError, match="not known"):
+    with pytest.raises(UnknownNetworkError, match="not known"):
         wl.lora_export(patch, out, model=tmp_path)
     assert not out.exists()
 

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import weightlab as wl
-from weightlab.errors import InputError, MissingInputError, NotPatchableError, UsageError
+from weightlab.errors import InputError, MalformedFileError, MissingInputError, NotPatchableError, UsageError
 from weightlab.ops.recycle import Plan, steps_of
 
 # Goes half of the way to 10, and writes down what it started with.
@@ -150,3 +150,26 @@ def test_work_of_another_plan_is_not_mixed_up(plan: Path) -> None:
     write(plan, scale=0.5)
     with pytest.raises(NotPatchableError, match="another plan"):
         wl.recycle(plan)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", ".", "a/b", "", "x" * 300])
+@pytest.mark.parametrize("key", ["work", "result"])
+def test_work_and_result_are_plain_names_beside_the_plan(plan: Path, key: str, name: str) -> None:
+    write(plan, **{key: name})
+    before = sorted(plan.parent.parent.iterdir())
+    for dry_run in (True, False):
+        with pytest.raises(MalformedFileError, match="work and result"):
+            wl.recycle(plan, dry_run=dry_run)
+    assert sorted(plan.parent.parent.iterdir()) == before and not plan.with_name("log").exists()
+
+
+@pytest.mark.parametrize("name", ["work", "result", "work/1-tuned", "work/2-tuned", "work/1-tuned/out"])
+def test_links_in_the_places_of_a_plan_are_not_followed(plan: Path, name: str) -> None:
+    victim = plan.with_name("victim")
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    (plan.parent / name).parent.mkdir(parents=True, exist_ok=True)
+    (plan.parent / name).symlink_to(victim)
+    with pytest.raises(NotPatchableError, match="links"):
+        wl.recycle(plan)
+    assert [p.name for p in victim.iterdir()] == ["precious"] and not plan.with_name("log").exists()

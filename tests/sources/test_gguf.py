@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import weightlab as wl
-from weightlab.errors import InputError, MalformedFileError, UnsupportedFormatError
+from weightlab.errors import InputError, MalformedFileError, UnknownNetworkError, UnsupportedFormatError
 
 gguf = pytest.importorskip("gguf", reason="gguf is an extra")
 transformers = pytest.importorskip("transformers", reason="transformers is in the extra lm")
@@ -84,3 +85,24 @@ def test_damaged_ones_and_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are missing") as caught:
         wl.inspect(tmp_path / "less.gguf")
     assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 10**9),
+        ("block_count", 60_000),
+        ("block_count", 300),
+        ("embedding_length", 10**9),
+        ("feed_forward_length", 2**31),
+        ("vocab_size", 4 * 10**9),
+        ("attention.head_count", 10**9),
+    ],
+)
+def test_a_network_that_the_tensors_cannot_be_of_is_not_made(tmp_path: Path, key: str, value: int) -> None:
+    write(tmp_path / "small.gguf", gguf.GGMLQuantizationType.F16)
+    raw = (tmp_path / "small.gguf").read_bytes()
+    place = raw.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # its type comes first
+    (tmp_path / "small.gguf").write_bytes(raw[:place] + struct.pack("<I", value) + raw[place + 4 :])
+    with pytest.raises(UnknownNetworkError):
+        wl.inspect(tmp_path / "small.gguf")

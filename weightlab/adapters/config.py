@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightlab.adapters.kinds import refuse_kind
+from weightlab.adapters.patterns import Patterns, matched
 from weightlab.errors import InputError, MalformedFileError, UnsupportedFormatError
 from weightlab.files.foreign import read_bytes, read_json, validated
 
@@ -130,11 +131,6 @@ class AdapterConfig:
         return named[0] if named else self.tokens.get("", ())
 
 
-def matched(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that a module's name, or an end of it after a dot, matches: as peft does it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
-
-
 def read_config(folder: Path) -> AdapterConfig:
     """Reads the configuration of an adapter.
 
@@ -181,11 +177,11 @@ def _refuse_options(folder: Path, tree: Mapping[str, Any], kind: str) -> None:
 def _check_patterns(path: Path, tree: Mapping[str, Any]) -> None:
     wrong: list[str] = []
     for name, patterns in tree.items():
-        for key in patterns if name.endswith("_pattern") and isinstance(patterns, dict) else ():
+        if name.endswith("_pattern") and isinstance(patterns, dict):
             try:
-                re.compile(rf"(.*\.)?({key})$")
-            except (re.error, OverflowError, RecursionError) as error:
-                wrong.append(f"{name}: {key[:60]!r}: {error}")
+                Patterns(patterns, str(path))
+            except MalformedFileError as error:
+                wrong += [f"{name}: {offender}" for offender in error.offenders]
     if wrong:
         raise MalformedFileError(f"{path}: these are no regular expressions", "mend the file", wrong)
 

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightlab.adapters.config import AdapterConfig, matched
+from weightlab.adapters.config import AdapterConfig
+from weightlab.adapters.patterns import matched
 from weightlab.errors import MalformedFileError, UnsupportedFormatError
 
 # How modules were chosen, what else is saved, where it ran: the keys of the file say the one, others read the rest.

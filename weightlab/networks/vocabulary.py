@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weightlab.errors import InputError, UsageError
+from weightlab.errors import InputError, UsageError, WeightlabError
 from weightlab.networks.made import network_in
 from weightlab.networks.names import file_views
+from weightlab.networks.tokenizers import tokenizer_in
+from weightlab.tensors.spec import TensorSpec
 
 TOKENIZER_FILES = (
     *("added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model"),
@@ -40,12 +42,11 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
                 with_added_tokens=True
             )
         else:
-            from transformers import AutoTokenizer
-
-            load: Any = AutoTokenizer.from_pretrained
-            found = load(folder, local_files_only=True).get_vocab()
+            found = tokenizer_in(folder).get_vocab()
     except ImportError as error:
         raise UsageError(f"{folder}: reading its tokenizer needs transformers", "pip install transformers") from error
+    except WeightlabError:
+        raise
     except Exception as error:  # tokenizers raises bare ones
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}", "get its files again") from error
     if (folder / "added_tokens.json").is_file():
@@ -53,16 +54,25 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     return found
 
 
-def vocabulary_tensors(folder: Path | None, names: Collection[str]) -> list[str]:
+def vocabulary_tensors(folder: Path | None, specs: Mapping[str, TensorSpec]) -> list[str]:
     """Those of a checkpoint's tensors that have a row for each token: embeddings and heads.
 
     Args:
         folder: of the model, whose network is asked; None, or one that transformers does not know: names tell.
+        specs: of all of its tensors.
     """
-    network: Any = None if folder is None else network_in(folder)
+    network: Any = None if folder is None else network_in(folder, specs)
     if network is None:
-        return [name for name in names if name.endswith(_ENDINGS)]
-    owners = [network.get_input_embeddings(), network.get_output_embeddings()]
+        return [name for name in specs if name.endswith(_ENDINGS)]
+    owners = [_owner(network.get_input_embeddings), _owner(network.get_output_embeddings)]
     ids = {id(parameter) for owner in owners if owner is not None for parameter in owner.parameters(recurse=False)}
     state = {name for name, parameter in network.named_parameters(remove_duplicate=False) if id(parameter) in ids}
-    return [file for file, (owner, _) in file_views(network).items() if owner in state and file in names]
+    return [file for file, (owner, _) in file_views(network).items() if owner in state and file in specs]
+
+
+def _owner(get: Callable[[], Any]) -> Any:
+    """The module with a row for each token; None where the network says that it has none, in one way or another."""
+    try:
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None

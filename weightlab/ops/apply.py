@@ -35,6 +35,7 @@ def apply(
     allow: Sequence[str] = ...,
     experts_layout: ExpertsLayout | None = ...,
     allow_nonfinite: bool = ...,
+    allow_growth: bool = ...,
     resources: Resources | None = ...,
 ) -> dict[str, Tensor]: ...
 
@@ -54,6 +55,7 @@ def apply(
     key: str | None = ...,
     links: Links = ...,
     allow_nonfinite: bool = ...,
+    allow_growth: bool = ...,
     wait: float = ...,
     dry_run: bool = ...,
     resources: Resources | None = ...,
@@ -74,6 +76,7 @@ def apply(
     key: str | None = None,
     links: Links = "refuse",
     allow_nonfinite: bool = False,
+    allow_growth: bool = False,
     wait: float = 0.0,
     dry_run: bool = False,
     resources: Resources | None = None,
@@ -91,6 +94,7 @@ def apply(
         allow: `"added"`: tensors of an adapter that the model lacks, such as a head, are added to it.
         experts_layout: how the experts lie in an adapter's `lora_B`, where it does not say so.
         key: where in a pickle the state dict lies.
+        allow_growth: whether a patch may add far more bytes than it has.
         links, allow_nonfinite, wait, dry_run: see `ChangeOptions`.
 
     Returns:
@@ -111,16 +115,21 @@ def apply(
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")
-        return patch_state_dict(model, [e for _, e in entries], resources, allow_nonfinite=allow_nonfinite)
+        wanted = [entry for _, entry in entries]
+        return patch_state_dict(model, wanted, resources, allow_nonfinite=allow_nonfinite, allow_growth=allow_growth)
     if (out is not None) == in_place:
         raise UsageError("say where the result goes", "either --out PATH or --in-place")
     options = ChangeOptions(links, allow_nonfinite, wait, dry_run, resources)
+
+    def decide(on: Sequence[On]) -> list[On]:
+        return joined(model, on, entries)
+
     if in_place:
-        done = outcome_of(model, change(Path(model), lambda on: joined(model, on, entries), options), dry_run)
+        done = outcome_of(model, change(Path(model), decide, options), dry_run)
     else:
         assert out is not None
         grown = carry_vocabulary(model, Path(out), entries, listed(patches))
-        done = write_out(model, Path(out), lambda on: joined(model, on, entries), key, options, grown.files)
+        done = write_out(model, Path(out), decide, key, options, grown.files, allow_growth=allow_growth)
         done.notes += grown.notes
     done.notes += [
         f"{name}: {entry.patch.header.notes}"

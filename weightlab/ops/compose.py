@@ -15,6 +15,7 @@ from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.operands import ModelLike, PatchesLike, PathLike, base_of, open_patches, reading
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.growth import require_proportion
 from weightlab.patches.header import Method
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource, PatchedSource
@@ -134,6 +135,7 @@ def _exact_sum(patches: Sequence[Patch], base: Source, out: Path | None, options
     )
     entries = [StackEntry(p, 1.0 if back else p.exact_scale) for p in patches]
     fitted = fit(base, entries)
+    require_proportion(fitted)
     check_bases(base, fitted.targets.values(), options.resources)
     patched = PatchedSource(base, fitted)
     return diff_sources(patched, base, out, options) if back else diff_sources(base, patched, out, options)

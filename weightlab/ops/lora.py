@@ -8,16 +8,17 @@ from pathlib import Path
 from torch import nn
 
 from weightlab.adapters.config import ExpertsLayout
-from weightlab.errors import UsageError
+from weightlab.errors import UnknownNetworkError, UsageError
 from weightlab.extract.adapter import AdapterOptions
 from weightlab.files.atomic import refuse_existing
+from weightlab.networks.configuration import CONFIG
 from weightlab.networks.layout import layout_of
-from weightlab.networks.made import network_in
+from weightlab.networks.made import needed_network
 from weightlab.ops.adapter_out import AdapterWriter, LoraExport
 from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.factors import FactorStore
 from weightlab.ops.new_checkpoint import checked_fit
-from weightlab.ops.operands import PatchLike, PathLike, base_of, model_path, open_patches
+from weightlab.ops.operands import PatchLike, PathLike, base_of, model_path, open_patches, reading
 from weightlab.patches.fit import StackEntry
 from weightlab.patches.patch import Patch
 from weightlab.patches.virtual import delta_patch
@@ -57,7 +58,8 @@ def lora_export(
         work: a folder where factors are kept until all are there, so that a run that was broken off goes on.
 
     Raises:
-        UsageError: the network is not known; neither rank nor energy; vllm with vectors.
+        UnknownNetworkError: the network is not known.
+        UsageError: neither rank nor energy; vllm with vectors.
         NamesMismatchError: lists the tensors that the network does not have.
         MisfitError: nothing in it is for LoRA; or the patch takes a tensor away.
     """
@@ -69,9 +71,7 @@ def lora_export(
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy={energy:g} makes no sense", "give a share above 0, up to 1")
     resources = resources or Resources()
-    made = network_in(model) if network is None else network
-    if made is None:
-        raise UsageError(f"{model}: the network is not known", "give a folder with a config.json of transformers")
+    made = network_of_model(model, wait) if network is None else network
     with ExitStack() as stack:
         (opened,) = open_patches(patch, base_of(model, wait=wait, resources=resources))
         opened.verify(resources)
@@ -85,6 +85,21 @@ def lora_export(
         done = writer.write(Path(out), base_name)
         kept.clear()
     return done
+
+
+def network_of_model(model: PathLike, wait: float = 0.0) -> nn.Module:
+    """The network of a model in a folder, without weights.
+
+    Raises:
+        UnknownNetworkError: says why it is not known.
+    """
+    folder = model_path(model)
+    if not (folder / CONFIG).is_file():
+        raise UnknownNetworkError(
+            f"{model}: the network is not known", "give a folder with a config.json of transformers"
+        )
+    with reading(model, wait=wait) as source:
+        return needed_network(folder, source.specs)
 
 
 def lora_extract(

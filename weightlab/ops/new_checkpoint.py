@@ -16,6 +16,7 @@ from weightlab.ops.output_files import index_content, local_part, plan_files
 from weightlab.ops.write import Written, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
+from weightlab.patches.growth import require_proportion
 from weightlab.sources import Source, cautions_of
 from weightlab.sources.local import LocalSource
 from weightlab.sources.parts import PartsSource
@@ -25,9 +26,17 @@ from weightlab.stack.transaction import ChangeOptions, Decide
 from weightlab.stream.executor import Resources
 
 
-def checked_fit(clean: Source, entries: Sequence[StackEntry], resources: Resources) -> Fit:
-    """Fits patches to a checkpoint, reads and checks every part of them and every base that must be the very one."""
+def checked_fit(
+    clean: Source, entries: Sequence[StackEntry], resources: Resources, *, allow_growth: bool = False
+) -> Fit:
+    """Fits patches to a checkpoint, reads and checks every part of them and every base that must be the very one.
+
+    Args:
+        allow_growth: whether they may add far more than they hold.
+    """
     fitted = fit(clean, entries)
+    if not allow_growth:
+        require_proportion(fitted)
     for entry in entries:
         entry.patch.verify(resources)
     check_bases(clean, fitted.targets.values(), resources)
@@ -41,12 +50,15 @@ def write_out(
     key: str | None,
     options: ChangeOptions,
     instead: Mapping[str, bytes] | None = None,
+    *,
+    allow_growth: bool = False,
 ) -> Outcome:
     """Writes the checkpoint that `decide` makes of a model and what is on it already.
 
     Args:
         out: a new or empty folder; `NAME.safetensors` for a model of one file.
         instead: files beside the weights, by name, in place of the model's own or beyond them.
+        allow_growth: whether patches may add far more than they hold.
 
     Raises:
         UsageError, MisfitError, StorageError and others, before the first byte is written.
@@ -61,7 +73,8 @@ def write_out(
         if one_file and (isinstance(source, PartsSource) or (local is not None and not _is_one_file(local))):
             raise UsageError(f"{path} has several files and {out.name} is one", "give a folder as --out")
         entries = sorted(decide(on), key=lambda o: o[1].patch.id)
-        fitted = checked_fit(clean, [entry for _, entry in entries], options.resources)
+        patches = [entry for _, entry in entries]
+        fitted = checked_fit(clean, patches, options.resources, allow_growth=allow_growth)
         files = plan_files(source, clean, fitted, out.name if one_file else None)
         small = {} if one_file else dict(instead or {})
         beside, left = ([], []) if one_file or not path.is_dir() else companions(path, model_files(source))

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from weightlab.adapters.config import CONFIG
 from weightlab.adapters.opening import is_adapter
 from weightlab.adapters.reading import Network
-from weightlab.errors import IntegrityError, MissingInputError, UsageError
+from weightlab.errors import IntegrityError, MissingInputError, UnknownNetworkError, UsageError, WeightlabError
 from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions, adapter_patch
 from weightlab.files.lock import folder_lock
-from weightlab.networks.made import network_in
+from weightlab.networks.made import NetworkOf
 from weightlab.patches.patch import Patch, is_patch, open_patch
 from weightlab.sources import Source, is_checkpoint, open_source
 from weightlab.sources.virtual.memory import MemorySource
@@ -147,12 +146,12 @@ def base_of(
         if model is None:
             yield None, lambda: None
             return
-        network: Network = (lambda: None) if isinstance(model, Mapping) else partial(network_in, model)
         with (
             reading(model, key=key, wait=wait) as source,
             clean_view(source, resources or Resources()) as (clean, _),
         ):
-            yield clean, network
+            known = None if isinstance(model, Mapping) else NetworkOf(model, clean.specs)
+            yield clean, known or (lambda: None)
 
     return opened
 
@@ -190,11 +189,24 @@ def _opened(operand: PatchLike, base: Base, options: AdapterOptions) -> Patch:
                 "for the adapter, put adapter_config.json and what belongs to it into a folder of its own; "
                 f"for the model, take its difference first: weightlab diff BASE {path} -o PATCH",
             )
-        with base() as (source, network):
+        with base() as (source, network), _saying_why(network):
             patch = adapter_patch(path, source, network, options)
     else:
         patch = open_patch(path)
     return patch if scale is None else patch.at(scale)
+
+
+@contextmanager
+def _saying_why(network: Network) -> Iterator[None]:
+    """What goes wrong with an adapter may do so because the model's network is not known: then that is said too."""
+    try:
+        yield
+    except WeightlabError as error:
+        why: UnknownNetworkError | None = getattr(network, "why", None)
+        if why is None:
+            raise
+        reason = f"the network is not known: {why.message} ({why.remedy})"
+        raise type(error)(error.message, f"{error.remedy}; {reason}", error.offenders) from error
 
 
 def names_patch(operand: PatchLike) -> bool:

@@ -24,6 +24,7 @@ from weightlab.errors import InputError, MissingInputError, NotPatchableError, U
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file
 from weightlab.files.digest import bytes_digest
+from weightlab.files.foreign import plain_names
 from weightlab.files.temporary import clear_left
 from weightlab.ops.diff import diff
 from weightlab.ops.operands import model_path
@@ -41,8 +42,8 @@ class Plan(BaseModel):
     Attributes:
         bases: the releases, oldest first; two or more.
         train: a command line with `{start}` and `{out}`: it tunes the model in one folder and saves it to the other.
-        work: the folder in which differences and the state are kept.
-        result: where the last tuned model goes.
+        work: the folder beside the plan in which differences and the state are kept.
+        result: the folder beside the plan that the last tuned model becomes.
         scale: λ.
         encode: how the differences are stored.
     """
@@ -136,10 +137,12 @@ def recycle(
 class _Run:
     def __init__(self, file: Path, plan: Plan, say: Say, resources: Resources | None) -> None:
         self._home, self._plan, self._say, self._resources = file.parent, plan, say, resources
-        self._work, self._result = self._home / plan.work, self._home / plan.result
+        work, result = plain_names([plan.work, plan.result], f"{file}: work and result")
+        self._work, self._result = self._home / work, self._home / result
         self._steps = steps_of(plan)
         # What decides the outcome; the name of the result does not.
         decisive = plan.model_dump(exclude={"result", "work"})
+        self._require_no_links()
         self._id = bytes_digest(json.dumps(decisive, sort_keys=True).encode())[:16]
 
     def run(self, dry_run: bool) -> Recycled:
@@ -168,6 +171,13 @@ class _Run:
             raise NotPatchableError(
                 f"{self._work}: belongs to another plan, or this one was changed", "give `work` another folder"
             )
+
+    def _require_no_links(self) -> None:
+        folders = [self._work, *(self._work / step.name for step in self._steps)]
+        inside = [folder / name for folder in folders for name in (_STATE, "out", "start", "change.safetensors")]
+        links = [str(place) for place in (*folders, *inside, self._result) if place.is_symlink()]
+        if links:
+            raise NotPatchableError(f"{self._work}: links, which would lead elsewhere", "remove them", links)
 
     def _step(self, step: Step, *, last: bool) -> None:
         self._begin()

@@ -18,7 +18,12 @@ from weightlab.tensors.workspace import Workspace
 
 
 def patch_state_dict(
-    state: Mapping[str, Tensor], entries: Sequence[StackEntry], resources: Resources, *, allow_nonfinite: bool
+    state: Mapping[str, Tensor],
+    entries: Sequence[StackEntry],
+    resources: Resources,
+    *,
+    allow_nonfinite: bool,
+    allow_growth: bool = False,
 ) -> dict[str, Tensor]:
     """A new dict with the patches on; tensors that no patch touches are the same objects, tied ones stay tied.
 
@@ -26,7 +31,7 @@ def patch_state_dict(
         MisfitError: the patches do not fit; every offender is listed.
     """
     source = MemorySource(state)
-    targets = checked_fit(source, entries, resources).targets
+    targets = checked_fit(source, entries, resources, allow_growth=allow_growth).targets
     made = {n: t.result.empty() for n, t in targets.items() if t.mode != "remove"}
     offences = Offences()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.files.foreign import is_plain_name
 from weightlab.ops.alike import clean_source
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PathLike, base_of, model_path, names_patch, open_patches, parse_patch
@@ -27,11 +28,7 @@ from weightlab.stream.executor import Resources
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.workspace import WorkspaceOfThread
-from weightlab.twin.folder import SHARED
-
-_NOT_IN_NAMES = frozenset("/\\:\0,=")
-_TAKEN = frozenset((SHARED,))
-"""What is called so is not an expert, in lists of sizes and among exported folders."""
+from weightlab.twin.folder import no_expert_names
 
 
 def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, PathLike]:
@@ -49,9 +46,7 @@ def named(experts: Mapping[str, PathLike] | Sequence[PathLike]) -> dict[str, Pat
     twice = [f"{name}: {', '.join(map(str, paths))}" for name, paths in found.items() if len(paths) > 1]
     if twice:
         raise UsageError("two experts have the same name", "name them: NAME=PATH", twice)
-    wrong = [
-        repr(name) for name in found if not name or name.startswith(".") or _NOT_IN_NAMES & set(name) or name in _TAKEN
-    ]
+    wrong = [repr(name) for name in found if name in no_expert_names([name]) or not is_plain_name(name)]
     if wrong:
         raise UsageError("these are no names for experts", "name them: NAME=PATH", wrong)
     return {name: paths[0] for name, paths in found.items()}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.errors import MisfitError, UsageError
+from weightlab.errors import MisfitError, UnknownNetworkError
+from weightlab.files import disk
 from weightlab.files.atomic import atomic_folder, refuse_existing
-from weightlab.networks.made import network_in
+from weightlab.files.foreign import read_bytes
+from weightlab.networks.configuration import CONFIG
+from weightlab.networks.made import needed_network
 from weightlab.ops.adapter_out import LoraExport
-from weightlab.ops.companions import copy_companions
 from weightlab.ops.lora import lora_export
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, reading
 from weightlab.patches.fit import StackEntry
+from weightlab.patches.patch import Patch
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
-from weightlab.twin.folder import EXPERTS, SHARED, Twin, open_twin
+from weightlab.tensors.spec import TensorSpec
+from weightlab.twin.folder import CONFIGURATION, EXPERTS, SHARED, Twin, open_twin
 from weightlab.twin.loading import base_of_twin
 
 
@@ -56,7 +61,7 @@ def twin_export(
         architecture: the class of transformers; None: the expert's, else the base's.
 
     Raises:
-        UsageError: the network is not known.
+        UnknownNetworkError: the network is not known.
         MisfitError: the base has classifiers of another size than the experts' own.
         WrongBaseError, MissingInputError: see `TwinModel.from_pretrained`.
     """
@@ -72,11 +77,14 @@ def twin_export(
         entry = StackEntry(twin.shared, twin.shared.exact_scale)
         options = ChangeOptions("refuse", False, wait, False, resources)
         write_out(start, temporary / SHARED, lambda on: [(SHARED, entry)], None, options)
+        with reading(temporary / SHARED) as source:
+            specs = dict(source.specs)
         for name, patch in twin.exclusive.items():
             own = twin.path / EXPERTS / name
-            network = network_in(own if (own / "config.json").is_file() else temporary / SHARED, architecture)
-            if network is None:
-                raise UsageError(f"the network of {name} is not known", "give architecture=")
+            described = own if (own / CONFIG).is_file() else temporary / SHARED
+            if not (described / CONFIG).is_file():
+                raise UnknownNetworkError(f"the network of {name} is not known: no {CONFIG}", "put the expert's there")
+            network = needed_network(described, specs | _specs(patch), architecture)
             exported = lora_export(
                 patch,
                 temporary / name,
@@ -90,9 +98,26 @@ def twin_export(
             )
             exported.out = str(place / name)
             done.adapters[name] = exported
-            kept = [Path(file.name) for file in sorted(own.glob("*.json"))]
-            copy_companions(own, kept, temporary / name)
+            _copy_configuration(own, temporary / name)
     return done
+
+
+def _copy_configuration(own: Path, out: Path) -> None:
+    """The expert's configuration, by name; another link or file is not taken along."""
+    for name in CONFIGURATION:
+        if (own / name).is_file():
+            content = read_bytes(own / name, follow=False)
+            fd = disk.create(out / name)
+            try:
+                disk.write_at(fd, content, 0, out / name)
+            finally:
+                os.close(fd)
+
+
+def _specs(patch: Patch) -> dict[str, TensorSpec]:
+    """What a patch leaves behind of each tensor."""
+    kept = {n: r for n, r in patch.records.items() if r.encoding != "removed"}
+    return {name: TensorSpec(name, record.dtype, tuple(record.shape)) for name, record in kept.items()}
 
 
 def _require_no_other_head(twin: Twin, base: PathLike, wait: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from weightlab.errors import MissingInputError, NamesMismatchError, UsageError, WrongBaseError
 from weightlab.files.digest import fingerprint
+from weightlab.networks.configuration import class_of, configuration_of
+from weightlab.networks.plausible import within_bounds
+from weightlab.networks.trust import trust_remote_code
 from weightlab.ops.alike import clean_source
 from weightlab.ops.operands import PathLike, model_path
 from weightlab.patches.compute import digest_tensors
@@ -17,6 +22,7 @@ from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patched_source import PatchedSource
 from weightlab.sources.virtual.chosen import ChosenSource
 from weightlab.stream.executor import Resources, run
+from weightlab.tensors.spec import BY_TORCH, TensorSpec
 from weightlab.tensors.workspace import Workspace
 from weightlab.twin.folder import EXPERTS, Twin
 
@@ -34,17 +40,23 @@ def shared_module(
     Raises:
         MissingInputError, WrongBaseError, NamesMismatchError, UsageError: see `TwinModel.from_pretrained`.
     """
-    import transformers
-
     state = shared_state(twin, base_of_twin(twin, base, wait, resources), wait, resources)
-    config = _configuration(twin)
-    name = architecture or (config.architectures or [""])[0]
-    known: Any = getattr(transformers, name, None)
-    if known is None:
-        raise UsageError(f"transformers has no class {name!r}", "give architecture=")
     state |= {n: torch.zeros(shape, dtype=_common_dtype(state)) for n, shape in _widest_heads(twin).items()}
+    specs = {n: TensorSpec(n, BY_TORCH[tensor.dtype].name, tuple(tensor.shape)) for n, tensor in state.items()}
+    folder, config = _configuration(twin, specs)
+    known: Any = class_of(folder, config, architecture)
+    name = known.__name__
     wanted = _common_dtype(state) if dtype is None else dtype
-    module, found = known.from_pretrained(None, config=config, state_dict=state, dtype=wanted, output_loading_info=True)
+    with within_bounds(specs):
+        module, found = known.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=wanted,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code(),
+        )
     lacking = sorted(found["missing_keys"]) + [str(each) for each in found["mismatched_keys"]]
     if lacking:
         raise NamesMismatchError(
@@ -120,27 +132,26 @@ def shared_state(twin: Twin, base: PathLike, wait: float, resources: Resources) 
     return state
 
 
-def _configuration(twin: Twin) -> Any:
-    """The experts' (of the one with the most classes), or the base's.
+def _configuration(twin: Twin, specs: Mapping[str, TensorSpec]) -> tuple[Path, Any]:
+    """The experts' (of the one with the most classes), or the base's, and the folder that it is in.
 
     Raises:
         UsageError: experts are of different classes.
+        MalformedFileError, UnknownNetworkError: see `configuration_of`.
     """
-    import transformers
-
     folders = [twin.path / EXPERTS / name for name in twin.names]
     having = [folder for folder in folders if (folder / "config.json").is_file()]
-    configs = [transformers.AutoConfig.from_pretrained(folder) for folder in having]
-    kinds = {tuple(config.architectures or ()) for config in configs}
+    configs = [(folder, configuration_of(folder, specs)) for folder in having]
+    kinds = {tuple(config.architectures or ()) for _, config in configs}
     if len(kinds) > 1:
         raise UsageError("the experts are of different classes", "give architecture=", sorted(map(str, kinds)))
     if configs:
-        return max(configs, key=lambda config: getattr(config, "num_labels", 0) or 0)
+        return max(configs, key=lambda pair: getattr(pair[1], "num_labels", 0) or 0)
     if not (twin.path / "config.json").is_file():
         raise MissingInputError(
             f"{twin.path}: no config.json of base or experts", "make the module, and give it to TwinModel(module, twin)"
         )
-    return transformers.AutoConfig.from_pretrained(twin.path)
+    return twin.path, configuration_of(twin.path, specs)
 
 
 def _widest_heads(twin: Twin) -> dict[str, tuple[int, ...]]:

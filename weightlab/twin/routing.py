@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from weightlab.errors import InputError, MalformedFileError, MisfitError
 from weightlab.files.atomic import atomic_file, replace_file
 from weightlab.files.digest import bytes_digest
+from weightlab.files.foreign import read_json
 from weightlab.files.small import read_tensors, write_tensors
 from weightlab.twin.folder import ROUTER, Twin
 from weightlab.twin.routers import ROUTERS, Observed
@@ -90,13 +91,17 @@ def open_router(twin: Twin) -> Router | None:
     if not file.exists():
         return None
     try:
-        header = RouterHeader.model_validate_json(file.read_bytes())
+        header = read_json(file, RouterHeader, follow=False)
         if header.schema_version != SCHEMA:
             raise ValueError(f"version {header.schema_version} is not known here")
+        if header.kind not in ROUTERS.names():
+            raise ValueError(f"a router of the kind {header.kind!r} is not known here")
         tensors = read_tensors(twin.path / TENSORS)
         if bytes_digest((twin.path / TENSORS).read_bytes()) != header.tensors:
             raise ValueError(f"{TENSORS} is another than the one that was written with it")
-    except (ValidationError, ValueError, OSError, InputError) as error:
+        if not ROUTERS.get(header.kind).fits(tensors, header.values, len(header.experts)):
+            raise ValueError(f"its tensors and values are not those of the kind {header.kind!r}")
+    except (ValueError, OSError, InputError) as error:
         raise MalformedFileError(f"{file}: no router", "train it again: weightlab twin route", [str(error)]) from error
     mine = {name: patch.id for name, patch in twin.exclusive.items()}
     wrong = [f"{n}: {header.experts.get(n, 'not known to it')}" for n, i in mine.items() if header.experts.get(n) != i]

@@ -36,6 +36,7 @@ from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
 from weightlab.twin.experts import expert_source, named, other_integers, shared_tensors
 from weightlab.twin.folder import (
+    CONFIGURATION,
     EXCLUSIVE,
     EXPERTS,
     HEADER,
@@ -51,8 +52,6 @@ from weightlab.twin.folder import (
 METHOD, LAMBDA = "task_arithmetic", 0.3
 """The paper's: θs = θ0 + 0.29 or 0.3 · Σ (θt − θ0)."""
 COMPRESS = "low_rank:16"
-_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
-"""Of an expert's folder, kept beside its part; labels are in the first."""
 _SHORT = {"energy": "low_rank:energy:{}", "random": "sparse:{}:random"}
 
 
@@ -201,7 +200,7 @@ def _copy_beside(base: Path, folder: Path) -> None:
 
 
 def _copy_configuration(expert: PathLike, place: Path) -> None:
-    for name in _FILES:
+    for name in CONFIGURATION:
         file = Path(expert) / name
         if file.is_file():
             disk.copy_file(file, place / name)

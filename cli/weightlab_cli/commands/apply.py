@@ -28,8 +28,10 @@ from weightlab_cli.options import Common
 @options.key
 @options.links
 @options.allow_nonfinite
+@options.allow_growth
 @options.dry_run(options.DRY_CHANGE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(common: Common, model: str, patches: tuple[str, ...], **chosen: Any) -> None:
     """Put patches on a model: in place, or as a new checkpoint.

@@ -20,6 +20,7 @@ from weightlab_cli.options import Common
 @options.key
 @options.dry_run(options.DRY_READ)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,

@@ -24,6 +24,7 @@ from weightlab_cli.options import Common
 @options.key
 @options.dry_run(options.DRY_PATCH)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(common: Common, patches: tuple[str, ...], out: Path, dry_run: bool, **chosen: Any) -> None:
     """Add, scale and negate patches into one, or merge them by another method.

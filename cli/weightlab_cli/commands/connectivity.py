@@ -24,6 +24,7 @@ from weightlab_cli.options import Common
 @click.option("--plot", "picture", type=Path, metavar="FILE.png", help="Draw the loss along the line.")
 @options.dry_run(options.DRY_READ)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,

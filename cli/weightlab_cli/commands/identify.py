@@ -15,6 +15,7 @@ from weightlab_cli.options import Common
 @options.key
 @options.dry_run(options.DRY_READ)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(
     common: Common, patch: str, library: tuple[str, ...], base: str | None, key: str | None, dry_run: bool, wait: float

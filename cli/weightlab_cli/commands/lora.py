@@ -40,6 +40,7 @@ def command() -> None:
 @_base_name
 @options.dry_run(options.DRY_MADE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def extract(common: Common, out: Path, dry_run: bool, **chosen: Any) -> None:
     """Write what a fine-tune changed as a LoRA adapter for its base; say what the adapter does not hold.
@@ -71,6 +72,7 @@ def extract(common: Common, out: Path, dry_run: bool, **chosen: Any) -> None:
 @_base_name
 @options.dry_run(options.DRY_MADE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def export(common: Common, out: Path, dry_run: bool, patch: str, model: str, **chosen: Any) -> None:
     """Write a patch as a LoRA adapter for the model that it is for.
@@ -95,6 +97,7 @@ def export(common: Common, out: Path, dry_run: bool, patch: str, model: str, **c
 @options.experts_layout
 @options.dry_run(options.DRY_MADE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def import_(common: Common, out: Path, dry_run: bool, adapter: str, base: str | None, **chosen: Any) -> None:
     """Write an adapter as a patch; BASE is needed where the adapter holds values, and where names differ.

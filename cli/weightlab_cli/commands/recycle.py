@@ -11,6 +11,7 @@ from weightlab_cli.options import Common
 @click.command()
 @click.argument("plan", type=options.operand, metavar="PLAN.yaml")
 @options.dry_run("Check the plan, say which steps would be run; run none.")
+@options.trust_remote_code
 @options.common
 def command(common: Common, plan: str, dry_run: bool) -> None:
     """Fine-tune every base release from what the last tune learned.

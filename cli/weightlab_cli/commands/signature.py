@@ -62,6 +62,7 @@ from weightlab_cli.options import Common
 @options.allow_nonfinite
 @options.dry_run(options.DRY_PATCH)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,
@@ -91,12 +92,14 @@ def command(
     from weightlab.files.atomic import refuse_existing
     from weightlab.networks.made import order_of
     from weightlab.ops.inspect import inspect
+    from weightlab.ops.operands import reading
     from weightlab_cli.reports import show_layers, show_patch
 
     refuse_existing(out)
     chosen["encode"] = chosen["encode"] or "dense"
     if not chosen["units"]:
-        chosen["order"] = order_of(clean, model)
+        with reading(clean, key=chosen["key"], wait=chosen["wait"]) as source:
+            chosen["order"] = order_of(clean, source.specs, model)
     if (chosen["norm"] == "recalibrate") != (data is not None):
         raise UsageError("--norm recalibrate and --data go together", "give both or neither")
     with common.resources() as resources:

@@ -25,6 +25,7 @@ from weightlab_cli.options import Common
 @options.allow_nonfinite
 @options.dry_run(options.DRY_CHANGE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def command(common: Common, source_base: str, source_tuned: str, target_base: str, **chosen: Any) -> None:
     """Move a fine-tune (or chat vector) to another base release.

@@ -43,6 +43,7 @@ def command() -> None:
 @options.allow_nonfinite
 @options.dry_run(options.DRY_MADE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def split(
     common: Common,
@@ -127,6 +128,7 @@ def _show_split(output: Output, twin: Any, out: str, full: int, *, dry_run: bool
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out, and of training.")
 @options.dry_run("Make and measure the router; do not keep it.")
 @options.wait
+@options.trust_remote_code
 @options.common
 def route(
     common: Common,
@@ -186,6 +188,7 @@ def route(
 @click.option("--architecture", metavar="CLASS", help="The class of transformers.  [default: the experts']")
 @options.dry_run(options.DRY_MADE)
 @options.wait
+@options.trust_remote_code
 @options.common
 def export(common: Common, folder: str, out: Path, peft: bool, dry_run: bool, **chosen: Any) -> None:
     """Write the shared model as a checkpoint, and each exclusive part as a LoRA adapter for it.
@@ -239,20 +242,10 @@ def _texts(path: str) -> list[str]:
 
 
 def _tokenizer(folder: str) -> Any:
-    """The one in the twin's folder.
+    """The one in the twin's folder, which fills up texts to one length."""
+    from weightlab.networks.tokenizers import tokenizer_in
 
-    Raises:
-        MissingInputError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    from weightlab.errors import MissingInputError
-
-    loader: Any = AutoTokenizer
-    try:
-        tokenizer = loader.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise MissingInputError(f"{folder}: no tokenizer", "copy the base's files into it", [str(error)]) from error
+    tokenizer = tokenizer_in(Path(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=Path, metavar="FILE.json", help="Write all that came out, predictions too.")
 @click.option("--plot", "picture", type=Path, metavar="FILE.png", help="Draw accuracy against scale.")
 @options.dry_run("Open everything, say how many images would be predicted; predict none.")
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,

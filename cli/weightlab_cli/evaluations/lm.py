@@ -26,6 +26,7 @@ from weightlab_cli.options import Common
 @click.option("-c", "--use_cache", "cache", metavar="PATH", help="lm_eval's cache of answers; one file a stack.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[LM_EVAL OPTIONS]...")
 @options.dry_run("Say which stacks would be scored; load nothing.")
+@options.trust_remote_code
 @options.common
 def command(
     common: Common,

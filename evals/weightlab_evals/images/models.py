@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,14 @@ from torch import Tensor, nn
 
 import weightlab as wl
 from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.files.foreign import read_json
+from weightlab.networks.configuration import MAX_BYTES
 from weightlab.networks.made import network_of
+from weightlab.networks.trust import remedy_for, trust_remote_code
 from weightlab.ops.operands import reading
 from weightlab.twin.folder import HEADER, open_twin
 from weightlab_evals.images.data import Image, Images
+from weightlab_evals.loading import looked_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,7 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         raise MissingInputError(
             f"{model}: no folder with a config.json", "name the network with --model MODULE:FUNCTION"
         )
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: no JSON: {error}", "get the file again") from error
+    described = read_json(config, dict[str, Any], limit=MAX_BYTES, constants=True)
     if "architecture" in described and "architectures" not in described:  # as timm writes it
         return _of_timm(model, described, key)
     try:
@@ -106,12 +106,18 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         if twin is not None:
             module: Any = wl.TwinModel.from_pretrained(model)
         else:
-            module = AutoModelForImageClassification.from_pretrained(model, local_files_only=True).eval()
+            make: Callable[..., Any] = AutoModelForImageClassification.from_pretrained
+            with looked_at(model):
+                module = make(model, local_files_only=True, trust_remote_code=trust_remote_code()).eval()
     except (ValueError, OSError) as error:
-        raise InputError(f"{model}: transformers cannot load it as an image classifier: {error}") from error
+        raise InputError(
+            f"{model}: transformers cannot load it as an image classifier: {error}",
+            remedy_for(error, "name the network with --model MODULE:FUNCTION"),
+        ) from error
     try:
         load: Callable[..., Any] = AutoImageProcessor.from_pretrained
-        processor = load(model, local_files_only=True, backend="pil")  # no torchvision
+        # Without torchvision.
+        processor = load(model, local_files_only=True, trust_remote_code=trust_remote_code(), backend="pil")
     except (ValueError, OSError) as error:
         raise InputError(f"{model}: no image processor: {error}", "add its preprocessor_config.json") from error
 
@@ -133,7 +139,8 @@ def _of_timm(model: str, config: Mapping[str, Any], key: str | None) -> Classifi
             "pip install timm, with the torchvision that belongs to your torch; or name the network with --model",
         ) from error
     try:
-        module = timm.create_model(f"local-dir:{Path(model).absolute()}", pretrained=False).eval()
+        with looked_at(model):
+            module = timm.create_model(f"local-dir:{Path(model).absolute()}", pretrained=False).eval()
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{model}: timm cannot make this network: {error}") from error
     _load(module, model, f"timm's {config['architecture']}", key)

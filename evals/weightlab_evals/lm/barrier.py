@@ -19,6 +19,9 @@ from torch import nn
 import weightlab as wl
 from weightlab.errors import InputError, UsageError
 from weightlab.files.atomic import atomic_file
+from weightlab.networks.tokenizers import tokenizer_in
+from weightlab.networks.trust import remedy_for, trust_remote_code
+from weightlab_evals.loading import looked_at
 
 Loss = Callable[[nn.Module], float]
 POINTS = 11
@@ -82,17 +85,17 @@ def text_loss(folder: str, text: Path, limit: int | None = None) -> tuple[nn.Mod
     Raises:
         InputError: transformers cannot load the model, or the text is too short.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM
-        named: Any = AutoTokenizer
-        module = loaded.from_pretrained(folder, local_files_only=True).eval()
-        tokens = named.from_pretrained(folder, local_files_only=True)(text.read_text(encoding="utf-8"))["input_ids"]
+        with looked_at(folder):
+            module = loaded.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code()).eval()
+        tokenizer = tokenizer_in(Path(folder))
+        tokens = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: cannot be scored on {text}: {error}", "give a language model, and a text"
-        ) from error
+        remedy = remedy_for(error, "give a language model, and a text")
+        raise InputError(f"{folder}: cannot be scored on {text}: {error}", remedy) from error
     blocks = [tokens[start : start + _CONTEXT] for start in range(0, len(tokens[:limit]), _CONTEXT)]
     blocks = [block for block in blocks if len(block) > 1]
     if not blocks:

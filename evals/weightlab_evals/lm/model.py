@@ -7,7 +7,8 @@ with patches on has the bits of the checkpoint that `weightlab apply --out` writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lm_eval.models  # noqa: F401 (before a model of one's own is registered, or lm_eval forgets its others)
@@ -18,7 +19,9 @@ from lm_eval.models.huggingface import HFLM
 
 import weightlab as wl
 from weightlab.errors import StackError
+from weightlab.networks.trust import trust_remote_code
 from weightlab.ops.operands import PatchesLike
+from weightlab_evals.loading import looked_at
 
 _MARK = "weightlab stack"
 CLEAN = "clean"
@@ -30,13 +33,17 @@ class WeightlabLM(HFLM):  # type: ignore[misc]
 
     Args:
         patches: what is on from the beginning: paths as `PATH[@SCALE]`, patches, PEFT adapter folders.
-        others: as for HFLM: pretrained, dtype, batch_size, device and so on.
+        pretrained: a folder, a name on the Hub, or a network.
+        others: as for HFLM: dtype, batch_size, device and so on.
     """
 
     _kept: ClassVar[Kept | None] = None
 
-    def __init__(self, *args: Any, patches: PatchesLike = (), **others: Any) -> None:
-        super().__init__(*args, **others)
+    def __init__(self, pretrained: Any, *args: Any, patches: PatchesLike = (), **others: Any) -> None:
+        trust = bool(others.pop("trust_remote_code", None)) or trust_remote_code()
+        local = isinstance(pretrained, str | Path) and Path(pretrained).is_dir()
+        with looked_at(pretrained) if local and not trust else nullcontext():
+            super().__init__(pretrained, *args, trust_remote_code=trust, **others)
         self._patches = wl.PatchStack(self.model)
         if patches:
             self._patches.add(patches)

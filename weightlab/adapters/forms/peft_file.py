@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from weightlab.adapters.config import CONFIG, matched
+from weightlab.adapters.config import CONFIG
 from weightlab.adapters.forms import AdapterFile, Model, scaled_config
 from weightlab.adapters.forms._lora import BIAS, DOWN, EMBEDDING_DOWN, EMBEDDING_UP, UP, computed
 from weightlab.adapters.keys import INNER, PREFIX, plain_keys
 from weightlab.adapters.lora import FACTOR
+from weightlab.adapters.patterns import matched
 from weightlab.adapters.reading import Adapter
 from weightlab.errors import MalformedFileError, UnsupportedFormatError, UsageError
 from weightlab.files.foreign import parse_json

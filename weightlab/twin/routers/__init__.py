@@ -49,6 +49,9 @@ class RouterKind(Protocol):
     def fit(self, examples: Examples, experts: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values that are kept."""
 
+    def fits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], experts: int) -> bool:
+        """Whether tensors and values that someone else wrote are what `fit` keeps for so many experts."""
+
     def weights(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], observed: Observed) -> Tensor:
         """[samples, T], fp32; each row sums to 1."""
 

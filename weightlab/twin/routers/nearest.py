@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightlab.twin.routers import Examples, Observed
-from weightlab.twin.routers._temperature import temperature
+from weightlab.twin.routers._temperature import is_temperature, temperature
 
 
 class _Nearest:
@@ -33,6 +33,11 @@ class _Nearest:
         tensors = {"directions": directions.float(), "offsets": (-(directions * means).sum(1) / 2).float()}
         scores = _scores(tensors, examples.observed.features[examples.held_out])
         return tensors, {"temperature": temperature(scores, examples.labels[examples.held_out])}
+
+    def fits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], experts: int) -> bool:
+        width = tensors["directions"].shape[-1:] if "directions" in tensors else ()
+        wanted = {"directions": (experts, *width), "offsets": (experts,)}
+        return is_temperature(values) and wanted == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def weights(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], observed: Observed) -> Tensor:
         return functional.softmax(_scores(tensors, observed.features) / values["temperature"], 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weightlab.twin.routers import Examples, Observed
-from weightlab.twin.routers._temperature import temperature
+from weightlab.twin.routers._temperature import is_temperature, temperature
 
 
 class _Response:
@@ -27,6 +27,10 @@ class _Response:
         tensors = {"usual": shown.mean(0), "spread": shown.std(0).clamp_min(1e-12)}
         scores = _scores(tensors, responses[held_out])
         return tensors, {"temperature": temperature(scores, examples.labels[held_out])}
+
+    def fits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], experts: int) -> bool:
+        wanted = {"usual": (experts,), "spread": (experts,)}
+        return is_temperature(values) and wanted == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def weights(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], observed: Observed) -> Tensor:
         assert observed.responses is not None

@@ -59,6 +59,15 @@ class _Trained:
             "held_out_loss": best,
         }
 
+    def fits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], experts: int) -> bool:
+        mean = tensors.get("mean")
+        if mean is None or mean.ndim != 1 or values.get("experts") != experts:
+            return False
+        with torch.device("meta"):
+            wanted = {name: tensor.shape for name, tensor in _network(len(mean), experts).state_dict().items()}
+        wanted |= {"mean": mean.shape, "deviation": mean.shape}
+        return wanted == {name: tensor.shape for name, tensor in tensors.items()}
+
     def weights(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], observed: Observed) -> Tensor:
         state = {name: tensor for name, tensor in tensors.items() if name not in ("mean", "deviation")}
         network = _network(len(tensors["mean"]), values["experts"]).to(observed.features.device)
