@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weightlab.adapters.changes import Change, Product, Values
 from weightlab.adapters.reading import Adapter, Network, fp32, read_adapter
-from weightlab.errors import MisfitError, NamesMismatchError, NonFiniteError, UnsupportedFormatError, UsageError
+from weightlab.errors import NamesMismatchError, NonFiniteError, UnsupportedFormatError, UsageError
 from weightlab.files import disk
 from weightlab.networks.names import file_views
 from weightlab.patches.header import SCHEMA, Base, Created, Method, PatchHeader, Record, features_of
@@ -23,6 +23,7 @@ from weightlab.patches.layout import StoredTensor
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.patches.writer import PatchWriter
 from weightlab.sources import Source
+from weightlab.tensors.codes import codes_met, refusal
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import TensorSpec
 from weightlab.version import __version__
@@ -120,13 +121,17 @@ def _targets(adapter: Adapter, base: Source, network: Network) -> dict[str, _Tar
     codes: list[str] = []
     wrong: list[str] = []
     places = _Places(base, network)
+    in_codes = codes_met(base, adapter.changes)
     for name, every in adapter.changes.items():
         there = places.of(name)
+        if not there and name in in_codes:
+            codes.append(name)
+            continue
         missing += [] if there else [f"{name}: not in the model"]
         for place in there:
             spec = base.specs[place.stored]
             if place.stored in base.opaque or not spec.is_float:
-                codes.append(str(spec))
+                codes.append(place.stored)
                 continue
             changes = [change for change in every if place.view is not None or not _is_there(change, base, spec)]
             shape = place.shape or spec.shape
@@ -145,11 +150,7 @@ def _targets(adapter: Adapter, base: Source, network: Network) -> dict[str, _Tar
                 if rows > (target.after.shape or (0,))[0]:
                     target.after = TensorSpec(place.stored, spec.dtype, (rows, *spec.shape[1:]))
     if codes:
-        raise MisfitError(
-            f"{base.label}: these weights are codes of a quantised checkpoint, on which no sums are defined",
-            "put the adapter on the model before it was quantised",
-            codes,
-        )
+        raise refusal(base, names=codes)
     if missing or wrong:
         raise NamesMismatchError(
             f"{adapter.label} does not fit {base.label}",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.extract.gram import gram, joined
 from weightlab.extract.match import aligned
@@ -30,6 +30,7 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.sources.virtual.projected import ProjectedSource
 from weightlab.sources.virtual.zeros import ZeroSource
+from weightlab.tensors.codes import refusal, require_same_form
 from weightlab.tensors.layers import Layer, choose, layers_in
 from weightlab.tensors.match import misfit
 
@@ -91,6 +92,8 @@ def signature_sources(
     base_fingerprint = fingerprint(digest_tensors(clean, clean.specs, options.resources))
     clean, robust = aligned(clean, robust)
     clean, pretrained = aligned(clean, pretrained)
+    for other in (robust, pretrained):
+        require_same_form(clean, other)
     affine, statistics = norm_tensors(clean.specs)
     if mode != "keep" and not statistics:
         raise UsageError(
@@ -136,11 +139,7 @@ def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list
     )
     codes = [n for layer in layers for n in layer.tensors if n in clean.opaque]
     if codes:
-        raise MisfitError(
-            f"{clean.label}: these weights are codes of a quantised checkpoint, which have no difference",
-            "take the signature of the model before it was quantised",
-            codes,
-        )
+        raise refusal(clean, names=codes)
     return layers
 
 

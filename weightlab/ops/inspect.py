@@ -15,7 +15,7 @@ from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import StackEntry, fit
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
-from weightlab.sources import Source
+from weightlab.sources import Source, caution_of
 from weightlab.stream.executor import Resources
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
@@ -111,9 +111,16 @@ def inspect(
         found = moments(source, summable, resources) if norms else {}
         rows = [row_of(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
         result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
+        result.notes += [note for note in (codes_note(source), caution_of(source)) if note]
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
         return result
+
+
+def codes_note(source: Source) -> str:
+    """How many tensors are codes, and of which kinds; empty where none is."""
+    kinds = sorted({code.kind for code in source.codes.values()})
+    return f"{len(source.codes)} tensors are codes and their scales, without norms: {'; '.join(kinds)}" if kinds else ""
 
 
 def _patch(

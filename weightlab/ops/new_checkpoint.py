@@ -15,7 +15,7 @@ from weightlab.ops.outcome import Outcome, PatchOnInfo
 from weightlab.ops.write import SINGLE, Written, index_content, plan_files, write_files
 from weightlab.patches.compute import check_bases
 from weightlab.patches.fit import Fit, StackEntry, fit
-from weightlab.sources import Source
+from weightlab.sources import Source, caution_of
 from weightlab.sources.gguf import GgufSource
 from weightlab.sources.local import LocalSource
 from weightlab.sources.pickled import SUFFIXES as PICKLES
@@ -86,6 +86,7 @@ def write_out(
                         _write_small(folder / name, content)
                     written = Written(written.computed, written.copied + copied)
         notes += [source.caution] if isinstance(source, GgufSource) else []
+        notes += [told] if (told := caution_of(source)) else []
     return Outcome(
         os.fspath(model),
         os.fspath(out),

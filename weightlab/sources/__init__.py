@@ -10,6 +10,8 @@ from torch import Tensor
 
 from weightlab.errors import MissingInputError
 from weightlab.registry import Registry
+from weightlab.sources._quantised import caution
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -20,7 +22,8 @@ class Source(Protocol):
         label: what to call it in messages.
         specs: every stored tensor by name.
         aliases: further names of stored tensors: {name: the name in `specs` that has the bytes}.
-        opaque: names on which no sums are defined, whatever their dtype (scaled codes of a quantised checkpoint).
+        opaque: names on which no sums are defined, whatever their dtype: codes, and what is no float.
+        codes: those of them that are codes of a quantised checkpoint, or belong to some, and what they are.
         path: the file or folder; None for tensors in memory.
     """
 
@@ -28,6 +31,7 @@ class Source(Protocol):
     specs: Mapping[str, TensorSpec]
     aliases: Mapping[str, str]
     opaque: frozenset[str]
+    codes: Mapping[str, Code]
     path: Path | None
 
     def read(self, name: str, start: int, out: Tensor) -> None:
@@ -48,6 +52,11 @@ class SourceKind(Protocol):
 
 
 SOURCES: Registry[SourceKind] = Registry("weightlab.sources", "SOURCE", "source")
+
+
+def caution_of(source: Source) -> str:
+    """What to say of a configuration that tells of codes where there are none; empty where it does not."""
+    return caution(source.codes, getattr(source, "config", {}))
 
 
 def open_source(path: Path, key: str | None = None) -> Source:

@@ -14,7 +14,8 @@ from weightlab.errors import MalformedFileError, MissingInputError
 from weightlab.files.container import Entry, Header, read_header
 from weightlab.files.disk import read_exactly, storage_errors
 from weightlab.files.foreign import strict_json
-from weightlab.sources._quantised import opaque_names, read_config
+from weightlab.sources._quantised import codes_in, opaque_names, read_config
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 SUFFIX = ".safetensors"
@@ -55,7 +56,8 @@ class LocalSource:
                 self.file_of[name] = file
         self.specs: Mapping[str, TensorSpec] = {name: entry.spec for name, entry in self._entries.items()}
         self.config = read_config(self.folder)
-        self.opaque = opaque_names(self.specs, self.config)
+        self.codes: Mapping[str, Code] = codes_in(self.specs, self.config)
+        self.opaque = opaque_names(self.specs, self.codes)
         self.aliases: Mapping[str, str] = {}
         self._descriptors: dict[str, int] = {}
 

@@ -22,7 +22,7 @@ from weightlab.errors import (
     UnsafePickleError,
     UnsupportedFormatError,
 )
-from weightlab.sources._quantised import opaque_names, read_config
+from weightlab.sources._quantised import codes_in, opaque_names, read_config
 from weightlab.sources.virtual.memory import MemorySource
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".tar")
@@ -47,7 +47,8 @@ class PickledSource(MemorySource):
         self.folder = folder
         self.config = read_config(folder)
         super().__init__(state, str(path), path)
-        self.opaque = opaque_names(self.specs, self.config)
+        self.codes = codes_in(self.specs, self.config)
+        self.opaque = opaque_names(self.specs, self.codes)
 
 
 class _Pickled:

@@ -26,6 +26,7 @@ from weightlab.patches.fit import StackEntry
 from weightlab.patches.header import Digest, canonical
 from weightlab.patches.patch import open_patch, stand_in
 from weightlab.sources.local import LocalSource
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 FOLDER = ".weightlab"
@@ -218,6 +219,7 @@ class CleanSource:
         self.label, self.path = source.label, source.path
         self.specs: Mapping[str, TensorSpec] = source.specs
         self.aliases, self.opaque, self.config = source.aliases, source.opaque, source.config
+        self.codes: Mapping[str, Code] = source.codes
         self._descriptors: dict[str, int] = {}
         ends: dict[str, int] = {}
         for name, known in touched.items():
