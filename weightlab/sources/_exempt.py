@@ -62,7 +62,7 @@ def is_exempt(module: str, patterns: list[str]) -> bool:
 
 
 def _names(pattern: str, module: str) -> bool:
-    if not pattern or len(pattern) > _LONGEST:
+    if not pattern.removeprefix("re:") or len(pattern) > _LONGEST:
         return False
     if pattern.startswith("re:"):  # from the beginning, to wherever it ends
         return any(_matches(items, module, "end" if whole else "any") for items, whole in _expressions(pattern[3:]))
