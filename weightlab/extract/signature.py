@@ -99,7 +99,7 @@ def signature_sources(
         raise UsageError(
             f"--norm {mode} is for layers with running statistics, and {clean.label} has none", "leave it out"
         )
-    layers = _chosen(clean, {*affine, *statistics}, signature)
+    layers = _chosen(clean, (robust, pretrained), {*affine, *statistics}, signature)
     weights = [n for layer in layers for n in layer.tensors]
     moved = [] if mode == "keep" else [*affine, *statistics]
     measured = signature.statistics
@@ -127,7 +127,7 @@ def signature_sources(
     return diff_sources(ZeroSource({n: clean.specs[n] for n in source.specs}), source, out, options)
 
 
-def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list[Layer]:
+def _chosen(clean: Source, others: Sequence[Source], apart: set[str], signature: SignatureOptions) -> list[Layer]:
     """The chosen layers, without what cannot be projected.
 
     Raises:
@@ -137,9 +137,9 @@ def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list
     layers = choose(
         layers_in([n for n in names if clean.specs[n].is_float], signature.order, signature.units), signature.layers
     )
-    codes = [n for layer in layers for n in layer.tensors if n in clean.opaque]
+    codes = [n for layer in layers for n in layer.tensors if any(n in source.opaque for source in (clean, *others))]
     if codes:
-        raise refusal(clean, names=codes)
+        raise refusal(clean, *others, names=codes)
     return layers
 
 

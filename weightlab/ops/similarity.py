@@ -200,7 +200,7 @@ def _delta(patch: Patch, base: Source | None, resources: Resources) -> Source:
 
 
 def _change(base: Source, tuned: Source, names: Sequence[str]) -> Source:
-    shared = [n for n in names if n in base.specs and base.specs[n].is_float]
+    shared = [n for n in names if n in base.specs and base.specs[n].is_float and n not in base.opaque]
     wrong = [
         f"{n}: {list(base.specs[n].shape)} in {base.label}, {list(tuned.specs[n].shape)} in {tuned.label}"
         for n in shared

@@ -7,7 +7,7 @@ that is more than that exempts nothing, so what it names stays opaque.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -26,6 +26,8 @@ LISTS = (
 )
 """Under these names the formats list what is not quantised."""
 _LONGEST = 512
+_DEEPEST = 64
+_MOST_STEPS = 20_000_000
 _SPECIAL = frozenset("*?+[](){}|^$\\")
 Stop = Literal["any", "boundary", "end"]
 """Where in a name a match may end: anywhere, where a module's name ends, or where all of it does."""
@@ -56,18 +58,28 @@ def exempted(settings: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def is_exempt(module: str, patterns: list[str]) -> bool:
-    """Whether any pattern names the module, or one that it lies in."""
-    return any(_names(pattern, module) for pattern in patterns)
+def exempt_modules(modules: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """The modules that any pattern names, or that lie in one that it names.
+
+    So many patterns that they would take minutes exempt nothing, apart from plain names.
+    """
+    plain = {p for p in patterns if not _SPECIAL & set(p) and not p.startswith("re:")}
+    others = [p for p in dict.fromkeys(patterns) if p not in plain and p.removeprefix("re:") and len(p) <= _LONGEST]
+    if len(others) * sum(map(len, modules)) > _MOST_STEPS:
+        others = []
+    return {m for m in modules if _is_named(m, plain) or any(_names(pattern, m) for pattern in others)}
+
+
+def _is_named(module: str, names: Collection[str]) -> bool:
+    """Whether any whole parts of it, one after the other, are one of these names."""
+    parts = module.split(".")[:_DEEPEST]
+    starts = range(len(parts) if names else 0)
+    return any(".".join(parts[i:j]) in names for i in starts for j in range(i + 1, len(parts) + 1))
 
 
 def _names(pattern: str, module: str) -> bool:
-    if not pattern.removeprefix("re:") or len(pattern) > _LONGEST:
-        return False
     if pattern.startswith("re:"):  # from the beginning, to wherever it ends
         return any(_matches(items, module, "end" if whole else "any") for items, whole in _expressions(pattern[3:]))
-    if f".{pattern}." in f".{module}." or not _SPECIAL & set(pattern):
-        return f".{pattern}." in f".{module}."
     every = [*_expressions(pattern), (_glob(pattern), True)]
     return any(_matches(items, module, "boundary") for items, _ in every)
 

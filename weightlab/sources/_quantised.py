@@ -9,7 +9,7 @@ from typing import Any
 
 from weightlab.errors import MalformedFileError
 from weightlab.files.foreign import check_depth, read_bytes, validated
-from weightlab.sources._exempt import exempted, is_exempt
+from weightlab.sources._exempt import exempt_modules, exempted
 from weightlab.sources._formats import ACTIVATIONS, FP8, PACKED, found_in
 from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
@@ -111,17 +111,15 @@ def codes_in(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict
     if not settings:
         return found
     kind = f"{METHODS[methods[0]]} without scales"
+    bare = {name for name, spec in specs.items() if name not in found and _is_coded(spec)}
     patterns = [pattern for each in settings for pattern in exempted(each)]
-    exempt: dict[str, bool] = {}
-    for name, spec in specs.items():
+    exempt = exempt_modules({name.rpartition(".")[0] for name in bare}, patterns)
+    for name in specs:
         if name in found:
             continue
         module, _, part = name.rpartition(".")
-        packed = spec.dtype in PACKED and len(spec.shape) > 1
-        if spec.dtype in FP8 or packed:
+        if name in bare:
             if module not in exempt:
-                exempt[module] = is_exempt(module, patterns)
-            if not exempt[module]:
                 found[name] = Code(kind, module if part == "weight" else name)
         elif part in ACTIVATIONS:
             found[name] = Code("a scale of what is quantised", module)
@@ -130,13 +128,19 @@ def codes_in(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict
     return found
 
 
+def _is_coded(spec: TensorSpec) -> bool:
+    """Whether that may be codes without scales: packed, or fp8; single numbers and vectors of integers count."""
+    return spec.dtype in FP8 or (spec.dtype in PACKED and len(spec.shape) > 1)
+
+
 def caution(codes: Mapping[str, Code], config: Mapping[str, Any]) -> str:
     """What to say of a configuration that tells of codes where there are none; empty where it does not."""
     methods = [METHODS.get(_method(each), "") for each in _settings(config)]
     if not methods or codes:
         return ""
     return (
-        f"config.json says that this is quantised ({methods[0]}), and no tensor is in codes: they are ordinary weights"
+        f"the configuration says that this is quantised ({methods[0]}), and no tensor is in codes: they are taken as "
+        "ordinary weights"
     )
 
 
