@@ -235,6 +235,14 @@ def test_codes_and_integers_that_differ_are_named_as_what_they_are(base: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_codes_that_only_one_expert_has_are_not_lost(base: Path, tmp_path: Path) -> None:
+    more = {"head.weight": random(4, 4).to(FP8), "head.weight_scale": torch.ones(1)}
+    tunes = [save(tmp_path / "a", mixed(3) | more, CONFIG), save(tmp_path / "b", mixed(5), CONFIG)]
+    with pytest.raises(MisfitError, match="requantising") as failed:
+        wl.twin_split(base, tunes, tmp_path / "twin")
+    assert len(failed.value.offenders) == 2 and failed.value.offenders[0].startswith("head.weight F8_E4M3[4, 4]")
+
+
 def test_a_signature_leaves_integers_alone() -> None:
     states = [{n: t for n, t in mixed(seed).items() if not n.startswith(UP)} for seed in (0, 3, 5)]
     patch = wl.signature(*states)
