@@ -158,10 +158,20 @@ def test_nan_is_an_error_that_names_the_tensor() -> None:
 
 
 def test_codes_of_a_quantised_checkpoint_have_no_signature() -> None:
-    states = [{"0.weight": torch.ones(4, 4) * i, "0.weight_scale": torch.ones(1)} for i in range(3)]
-    with pytest.raises(MisfitError) as failed:
+    states = [
+        {
+            "0.weight": (torch.ones(4, 4) * i + torch.eye(4) * (i == 2)).to(torch.float8_e4m3fn),
+            "0.weight_scale": torch.ones(1),
+            "1.weight": torch.ones(4),
+        }
+        for i in range(3)
+    ]
+    with pytest.raises(MisfitError, match="requantising is not done") as failed:
         wl.signature(*states)
-    assert "0.weight" in failed.value.offenders
+    assert failed.value.offenders[0] == "0.weight F8_E4M3[4, 4]: fp8 with scales, with weight_scale"
+    for state in states:  # without its scale it is a tensor of floats like others
+        del state["0.weight_scale"]
+    assert "0.weight" in wl.signature(*states, layers="0").records
 
 
 def test_two_on_one_model_and_off_again(tmp_path: Path) -> None:

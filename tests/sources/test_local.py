@@ -168,20 +168,27 @@ def test_what_is_no_checkpoint_or_one_that_is_not_read(
         open_source(tmp_path / "nowhere")
 
 
+FP8 = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
-    ("config", "extra"),
+    ("config", "extra", "opaque"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, {}),
-        ({}, {"w.0_scale": torch.ones(1), "layer.weight_scale_inv": torch.ones(1)}),
-        ({}, {"layer.qweight": torch.ones(2, dtype=torch.int32)}),
-        ({}, {"layer.weight.absmax": torch.ones(2)}),
+        ({"quantization_config": {"quant_method": "fp8"}}, {"layer.weight": FP8}, {"layer.weight"}),
+        ({"quantization_config": {"quant_method": "another"}}, {}, {"w.0", "w.1", "w.2", "w.3"}),
+        ({}, {"layer.weight": FP8}, set()),
+        (
+            {},
+            {"layer.weight": FP8, "layer.weight_scale_inv": torch.ones(1)},
+            {"layer.weight", "layer.weight_scale_inv"},
+        ),
     ],
 )
-def test_quantised_checkpoints_have_no_sums(tmp_path: Path, config: dict[str, Any], extra: dict[str, Tensor]) -> None:
+def test_codes_have_no_sums(tmp_path: Path, config: dict[str, Any], extra: dict[str, Tensor], opaque: set[str]) -> None:
     save_file(tensors() | extra, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = open_local(tmp_path)
-    assert source.opaque == set(tensors() | extra)
+    assert source.opaque == set(source.codes) == opaque
     source.close()
 
 

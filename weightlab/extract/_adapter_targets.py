@@ -13,11 +13,12 @@ from torch import Tensor
 from weightlab.adapters.changes import Change, Folded, Product, Values, same_change
 from weightlab.adapters.config import ExpertsLayout
 from weightlab.adapters.reading import Adapter, fp32
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract._adapter_places import Place, Places
 from weightlab.extract._added import ENCODING, stored_bits
 from weightlab.patches.layout import StoredTensor
 from weightlab.sources import Source
+from weightlab.tensors.codes import codes_met, refusal
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -143,9 +144,12 @@ class _Fitting:
         for name, there in self._there.items():
             if there and there[0].view is None:
                 ends.setdefault(there[0].stored, []).append(name)
+        in_codes = codes_met(self._base, self._adapter.changes)
         for name, every in self._adapter.changes.items():
             there = [place for place in self._there[name] if place.stored in wanted]
-            if not self._there[name] and name in wanted:
+            if not self._there[name] and name in in_codes and name in wanted:
+                self._codes.append(name)
+            elif not self._there[name] and name in wanted:
                 self._add_new(name, every)
             elif there and not self._follows(name, ends.get(there[0].stored, [])):
                 for place in there:
@@ -193,7 +197,7 @@ class _Fitting:
     def _put(self, name: str, every: list[Change], place: Place, ends: int) -> None:
         spec = self._base.specs[place.stored]
         if place.stored in self._base.opaque or not spec.is_float:
-            self._codes.append(str(spec))
+            self._codes.append(place.stored)
             return
         changes = [c for c in every if place.view is not None or not _is_there(c, self._base, spec)]
         shape = place.shape or spec.shape
@@ -218,11 +222,7 @@ class _Fitting:
     def _raise_any(self) -> None:
         adapter, base = self._adapter, self._base
         if self._codes:
-            raise MisfitError(
-                f"{base.label}: these weights are codes of a quantised checkpoint, on which no sums are defined",
-                "put the adapter on the model before it was quantised; or leave these out with --exclude",
-                self._codes,
-            )
+            raise refusal(base, names=self._codes)
         if self._missing or self._wrong:
             raise NamesMismatchError(
                 f"{adapter.label} does not fit {base.label}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from weightlab.patches.layout import StoredTensor, shard_name
 from weightlab.patches.patch import Patch, open_patch
 from weightlab.patches.writer import PatchWriter, Spool
 from weightlab.sources import Source
+from weightlab.tensors.codes import separated, separation
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import select
 
@@ -80,6 +81,24 @@ class _Difference:
         kept = sorted((name for name in names if name not in gone), key=natural_key)
         self.jobs = [self._job(name, added=name in new) for name in kept]
         find_changed(self.jobs, options.resources)
+        if not self.whole:
+            self._refuse_halves({*pairing.both, *pairing.added, *pairing.removed} - set(names))
+
+    def _refuse_halves(self, left: Collection[str]) -> None:
+        """Raises:
+        MisfitError: of a module in codes something that changed is chosen, and something else that did is left out.
+        """
+        changed = [*self.removed, *(job.pair.name for job in self.jobs if job.changed)]
+        for codes in (self.base.codes, self.tuned.codes):
+            apart = separated(codes, changed, left)
+            names = [name for every in apart.values() for name in every]
+            before, after = (
+                digest_tensors(source, [n for n in names if n in source.specs], self.options.resources)
+                for source in (self.base, self.tuned)
+            )
+            apart = {m: [n for n in every if before.get(n) != after.get(n)] for m, every in apart.items()}
+            if any(apart.values()):
+                raise separation(self.tuned.label, apart)
 
     def _job(self, name: str, *, added: bool) -> Job:
         opaque = name in self.base.opaque or name in self.tuned.opaque

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.sources.virtual.named import NamedSource
+from weightlab.tensors.codes import require_same_form
 from weightlab.tensors.match import Pairing, pair
 
 
@@ -39,7 +40,9 @@ def match_sources(base: Source, tuned: Source, allow: Collection[str]) -> Pairin
 
     Raises:
         NamesMismatchError: lists every tensor that does not pair up.
+        MisfitError: weights are in codes in one of them, and plain in the other.
     """
+    require_same_form(base, tuned)
     base_specs, tuned_specs = dict(base.specs), dict(tuned.specs)
     for mine, other, specs in ((base, tuned, base_specs), (tuned, base, tuned_specs)):
         copies = Copies(mine, [n for n in mine.specs if n in other.specs])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract.diff import DiffOptions, diff_sources
 from weightlab.extract.gram import gram, joined
 from weightlab.extract.match import aligned
@@ -30,6 +30,7 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.sources.virtual.projected import ProjectedSource
 from weightlab.sources.virtual.zeros import ZeroSource
+from weightlab.tensors.codes import refusal, require_same_form
 from weightlab.tensors.layers import Layer, choose, layers_in
 from weightlab.tensors.match import misfit
 
@@ -91,12 +92,14 @@ def signature_sources(
     base_fingerprint = fingerprint(digest_tensors(clean, clean.specs, options.resources))
     clean, robust = aligned(clean, robust)
     clean, pretrained = aligned(clean, pretrained)
+    for other in (robust, pretrained):
+        require_same_form(clean, other)
     affine, statistics = norm_tensors(clean.specs)
     if mode != "keep" and not statistics:
         raise UsageError(
             f"--norm {mode} is for layers with running statistics, and {clean.label} has none", "leave it out"
         )
-    layers = _chosen(clean, {*affine, *statistics}, signature)
+    layers = _chosen(clean, (robust, pretrained), {*affine, *statistics}, signature)
     weights = [n for layer in layers for n in layer.tensors]
     moved = [] if mode == "keep" else [*affine, *statistics]
     measured = signature.statistics
@@ -124,7 +127,7 @@ def signature_sources(
     return diff_sources(ZeroSource({n: clean.specs[n] for n in source.specs}), source, out, options)
 
 
-def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list[Layer]:
+def _chosen(clean: Source, others: Sequence[Source], apart: set[str], signature: SignatureOptions) -> list[Layer]:
     """The chosen layers, without what cannot be projected.
 
     Raises:
@@ -134,13 +137,9 @@ def _chosen(clean: Source, apart: set[str], signature: SignatureOptions) -> list
     layers = choose(
         layers_in([n for n in names if clean.specs[n].is_float], signature.order, signature.units), signature.layers
     )
-    codes = [n for layer in layers for n in layer.tensors if n in clean.opaque]
+    codes = [n for layer in layers for n in layer.tensors if any(n in source.opaque for source in (clean, *others))]
     if codes:
-        raise MisfitError(
-            f"{clean.label}: these weights are codes of a quantised checkpoint, which have no difference",
-            "take the signature of the model before it was quantised",
-            codes,
-        )
+        raise refusal(clean, *others, names=codes)
     return layers
 
 

@@ -7,11 +7,13 @@ from contextlib import ExitStack
 
 from weightlab.errors import MisfitError, NamesMismatchError
 from weightlab.ops.operands import ModelLike, reading
+from weightlab.patches.compute import digest_tensors
 from weightlab.patches.ties import redundant_copy_of
 from weightlab.sources import Source
 from weightlab.sources.virtual.named import NamedSource
 from weightlab.stack.guards import clean_view
 from weightlab.stream.executor import Resources
+from weightlab.tensors.codes import refusal, require_same_form
 
 Names = Mapping[str, tuple[str, ...]]
 """{name in the target, which is the last model: names in each of them}."""
@@ -29,17 +31,22 @@ def under_target_names(source: Source, names: Names, index: int) -> Source:
     return NamedSource(source, mine | {n: n for n in source.specs if n not in mine.values()})
 
 
-def shared_names(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
+def shared_names(sources: Sequence[Source], resources: Resources) -> dict[str, tuple[str, ...]]:
     """{name in the target, the last one: its names in all of them}, of all that can be summed.
+
+    What cannot be, codes and integers, is the same in all of them and stays; single numbers and vectors of integers
+    (counters of batches) may differ, and stay as the target has them.
 
     Raises:
         NamesMismatchError: lists what one of them lacks, or has beyond the target.
-        MisfitError: lists weights that are codes.
+        MisfitError: lists codes, and matrices of integers, that are not the same in all.
     """
     *others, target = sources
+    for source in others:
+        require_same_form(source, target)
     found: dict[str, tuple[str, ...]] = {}
     wrong: list[str] = []
-    codes: list[str] = []
+    fixed: dict[str, list[tuple[Source, str]]] = {}
     used: list[set[str]] = [set() for _ in others]
     for name, spec in target.specs.items():
         mine = [_stored(source, name, target) for source in others]
@@ -51,11 +58,10 @@ def shared_names(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
         for seen, stored in zip(used, theirs, strict=True):
             seen.add(stored)
         each = [*zip(others, theirs, strict=True), (target, name)]
-        opaque = any(stored in source.opaque for source, stored in each)
-        if all(source.specs[stored].is_float for source, stored in each) and not opaque:
+        if any(stored in source.opaque for source, stored in each):
+            fixed[name] = each
+        else:
             found[name] = (*theirs, name)
-        elif spec.is_float or (opaque and len(spec.shape) > 1):
-            codes.append(str(spec))
     for source, seen in zip(others, used, strict=True):
         extra = [n for n in source.specs if n not in seen and redundant_copy_of(source, n, seen) is None]
         wrong += [f"{source.specs[n]}: in {source.label}, not in {target.label}" for n in extra]
@@ -65,13 +71,41 @@ def shared_names(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
             "give models of one architecture",
             wrong,
         )
-    if codes:
-        raise MisfitError(
-            "these weights are codes of a quantised checkpoint, on which no sums are defined",
-            "take the models before they were quantised",
-            codes,
-        )
+    require_same(fixed, resources)
     return found
+
+
+def require_same(fixed: Mapping[str, Sequence[tuple[Source, str]]], resources: Resources) -> None:
+    """Checks that tensors without sums are the same bytes in several models.
+
+    Args:
+        fixed: {name: (model, its name there)}.
+
+    Raises:
+        MisfitError: lists codes that differ; or else integers of two dimensions or more.
+    """
+    sources = {id(source): source for each in fixed.values() for source, _ in each}
+    wanted: dict[int, list[str]] = {}
+    for each in fixed.values():
+        for source, stored in each:
+            wanted.setdefault(id(source), []).append(stored)
+    digests = {
+        key: digest_tensors(sources[key], list(dict.fromkeys(names)), resources) for key, names in wanted.items()
+    }
+    differing = [n for n, each in fixed.items() if len({digests[id(s)][stored] for s, stored in each}) > 1]
+    coded = [n for n in differing if any(s.specs[stored].is_float or stored in s.codes for s, stored in fixed[n])]
+    if coded:
+        raise refusal(*(s for s, _ in fixed[coded[0]]), names=coded)
+    buffers = [n for n in differing if any(len(s.specs[stored].shape) > 1 for s, stored in fixed[n])]
+    if buffers:
+        raise MisfitError(
+            "these integer buffers are not the same in all models, and integers have no sum",
+            "take them from one model: write it into the others first",
+            [
+                f"{name}: {', '.join(f'{s.specs[stored]} in {s.label}' for s, stored in fixed[name])}"
+                for name in buffers
+            ],
+        )
 
 
 _NUMBERS = {2: "two", 3: "three"}

@@ -24,6 +24,7 @@ from weightlab.sources import Source
 from weightlab.sources.virtual.computed import ComputedSource
 from weightlab.sources.virtual.zeros import ZeroSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.codes import codes_met, refusal
 from weightlab.tensors.match import ALLOWANCES
 from weightlab.tensors.select import select
 from weightlab.tensors.spec import TensorSpec
@@ -164,6 +165,9 @@ def _summable(patches: Sequence[Patch], base: Source | None, options: DiffOption
         exact = [StackEntry(p, 1.0) for p in patches if any(_exact(p, n) for n in p.records)]
         for entry in exact:
             check_bases(base, fit(base, [entry]).targets.values(), options.resources)
+    coded = {} if base is None else codes_met(base, names)
+    if base is not None and coded:
+        raise refusal(base, names=coded)
     wrong: list[str] = []
     undefined: list[str] = []
     specs: dict[str, TensorSpec] = {}
@@ -175,8 +179,7 @@ def _summable(patches: Sequence[Patch], base: Source | None, options: DiffOption
         for label, record in records.items():
             what = "removed" if record.encoding == "removed" else "added" if record.added else ""
             what = what or ("extended by rows" if record.base_shape is not None else "")
-            opaque = base is not None and base.aliases.get(name, name) in base.opaque
-            what = what or ("without sums" if opaque or not record.spec(name).is_float else "")
+            what = what or ("without sums" if not record.spec(name).is_float else "")
             if what:
                 undefined.append(f"{name}: {what} in {label}")
         before = [s for r in records.values() if (s := r.base_spec(name)) is not None]

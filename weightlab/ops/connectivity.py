@@ -112,7 +112,7 @@ def connectivity(
     resources = resources or Resources()
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, resources) for path in models)
-        names = shared_names((base, tuned, target))
+        names = shared_names((base, tuned, target), resources)
         folders = [folder_of_model(model) for model in models]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, None)

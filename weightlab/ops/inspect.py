@@ -120,11 +120,17 @@ def inspect(
         found = moments(source, summable, resources) if norms else {}
         rows = [row_of(source.specs[n], source.specs[n].nbytes, found.get(n)) for n in names]
         result = summarise(os.fspath(path), "checkpoint", rows, sum(r.bytes for r in rows), found, {})
-        result.notes += cautions_of(source)
+        result.notes += [note for note in (codes_note(source),) if note]
         if source.aliases:
             result.notes.append(f"tied: {', '.join(f'{a} = {n}' for a, n in sorted(source.aliases.items()))}")
         result.notes += [*adapters_beside(path), *cautions_of(source)]
         return result
+
+
+def codes_note(source: Source) -> str:
+    """How many tensors are codes, and of which kinds; empty where none is."""
+    kinds = sorted({code.kind for code in source.codes.values()})
+    return f"{len(source.codes)} tensors are codes and their scales, without norms: {'; '.join(kinds)}" if kinds else ""
 
 
 def _patch(

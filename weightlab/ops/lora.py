@@ -126,7 +126,7 @@ def lora_extract(
     refuse_existing(place)
     with ExitStack() as stack:
         models = [clean_source(stack, model_path(model), wait, resources) for model in (tuned, base)]
-        names = shared_names(models)
+        names = shared_names(models, resources)
         require_shapes(models, names)
         target, source = models[1], under_target_names(models[0], names, 0)
         delta = DifferenceSource(target, source, list(names))

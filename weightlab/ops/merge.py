@@ -63,7 +63,7 @@ def merge(
     scales = [round_scale(w) for w in weights or [1.0] * len(tuned)]
     with ExitStack() as stack:
         models = [clean_source(stack, model_path(m), wait, options.resources) for m in (*tuned, base)]
-        names = shared_names(models)
+        names = shared_names(models, options.resources)
         require_shapes(models, names)
         target = models.pop()
         others = [under_target_names(source, names, index) for index, source in enumerate(models)]

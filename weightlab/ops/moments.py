@@ -79,4 +79,4 @@ def _moments(stored: Tensor, workspace: Workspace) -> Moments:
         values[bad] = 0.0
     low, high = (float(v) for v in torch.aminmax(values))
     squares = float(torch.linalg.vector_norm(values)) ** 2
-    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(stored)), nonfinite)
+    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(values)) + nonfinite, nonfinite)

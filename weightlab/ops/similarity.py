@@ -21,6 +21,7 @@ from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.codes import require_same_form
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.select import select
 
@@ -169,6 +170,7 @@ def _vectors(
         if source is None and patches and len(patches) < len(operands):
             raise UsageError("patches and checkpoints are compared as changes of one base", "give --base")
         found: list[Source] = []
+        checkpoints: list[Source] = []
         for index, operand in enumerate(operands):
             if index in patches:
                 found.append(_delta(patches[index], source, resources))
@@ -176,6 +178,9 @@ def _vectors(
             assert not isinstance(operand, Patch)
             opened = stack.enter_context(reading(operand, key=key, wait=wait))
             plain = [n for n, s in opened.specs.items() if s.is_float and n not in opened.opaque]
+            for other in (*checkpoints, *([] if source is None else [source])):
+                require_same_form(other, opened)
+            checkpoints.append(opened)
             found.append(opened if source is None else _change(source, opened, plain))
         yield found, source, "changes" if patches or source is not None else "weights"
 
@@ -195,7 +200,7 @@ def _delta(patch: Patch, base: Source | None, resources: Resources) -> Source:
 
 
 def _change(base: Source, tuned: Source, names: Sequence[str]) -> Source:
-    shared = [n for n in names if n in base.specs and base.specs[n].is_float]
+    shared = [n for n in names if n in base.specs and base.specs[n].is_float and n not in base.opaque]
     wrong = [
         f"{n}: {list(base.specs[n].shape)} in {base.label}, {list(tuned.specs[n].shape)} in {tuned.label}"
         for n in shared

@@ -110,7 +110,7 @@ def transfer(
     model_path(source_tuned)
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, options.resources) for path in paths)
-        names = shared_names((base, tuned, target))
+        names = shared_names((base, tuned, target), options.resources)
         folders = [path if path.is_dir() else None for path in paths]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, rows)

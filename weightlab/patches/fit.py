@@ -13,6 +13,7 @@ from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
 from weightlab.patches.ties import Copies
 from weightlab.sources import Source
+from weightlab.tensors.codes import codes_met, refusal, separated, separation
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -112,9 +113,12 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     result = Fit()
     misfits: list[str] = []
     undefined: list[str] = []
+    coded: dict[str, None] = {}
     for entry in entries:
         taken: dict[str, str] = {}
         targets = entry.targets(source.specs)
+        _refuse_halves(source, entry, targets)
+        met = codes_met(source, targets)
         present: dict[str | None, list[str]] = {}  # {digest of what it was taken from: names in the patch}
         for target, name in targets.items():
             if source.aliases.get(target, target) in source.specs:
@@ -129,11 +133,16 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
                 continue
             if stored not in source.specs and _twin(entry.patch, name, present):
                 continue  # tied: the checkpoint stores once what the patch's own base stored twice
+            if target in met and not _keeps_codes(source, stored, entry, name):
+                coded[target] = None
+                continue
             taken[stored] = name
             _add(result, source, stored, entry, name, misfits, undefined)
         for copy, original in _copies(source, taken, entry.exclude).items():
             result.followers[copy] = original
             _add(result, source, copy, entry, taken[original], misfits, undefined)
+    if coded:
+        raise refusal(source, names=coded)
     if misfits:
         raise NamesMismatchError(
             f"{len(misfits)} tensors do not fit {source.label}",
@@ -148,6 +157,32 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     if undefined:
         raise StackError("these patches exclude one another", "use one of them, or leave tensors out", undefined)
     return result
+
+
+def _refuse_halves(source: Source, entry: StackEntry, targets: Mapping[str, str]) -> None:
+    """Raises:
+    MisfitError: the patch has all that changed of a module in codes, and some of it is left out.
+    """
+    if source.codes:
+        every = rename(entry.patch.records, entry.renames).values()
+        stored = {source.aliases.get(name, name): name for name in every}
+        chosen = [name for name, target in stored.items() if target in targets]
+        left = separated(source.codes, chosen, [name for name, target in stored.items() if target not in targets])
+        if left:
+            raise separation(entry.patch.label, left)
+
+
+def _keeps_codes(source: Source, stored: str, entry: StackEntry, name: str) -> bool:
+    """Whether a patch only puts bits in place of a code's."""
+    record, spec = entry.patch.records[name], source.specs.get(stored)
+    if spec is None:
+        return record.added
+    before = record.base_spec(stored)
+    if before is not None and before.dtype != spec.dtype:
+        return False
+    if record.encoding == "removed":
+        return True
+    return entry.scale in (0.0, 1.0) and entry.patch.encoding(name).lossless
 
 
 def _twin(patch: Patch, name: str, others: Mapping[str | None, list[str]]) -> bool:

@@ -14,6 +14,7 @@ from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import tiles_of_read
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.workspace import WorkspaceOfThread
 
@@ -39,6 +40,7 @@ class PatchedSource:
         self.specs: Mapping[str, TensorSpec] = {n: s for n, s in base.specs.items() if n not in gone} | kept
         self.aliases: Mapping[str, str] = {a: n for a, n in base.aliases.items() if n not in gone}
         self.opaque: frozenset[str] = base.opaque & self.specs.keys()
+        self.codes: Mapping[str, Code] = {n: c for n, c in base.codes.items() if n in self.specs}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         target = self._targets.get(name)
@@ -77,6 +79,7 @@ class DeltaSource:
         self.specs: Mapping[str, TensorSpec] = {n: self._spec(n) for n in names}
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
 
     def _spec(self, name: str) -> TensorSpec:
         terms = self._terms[name]

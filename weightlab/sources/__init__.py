@@ -12,6 +12,7 @@ from weightlab.errors import InputError, MissingInputError
 from weightlab.registry import Registry
 from weightlab.sources._choice import is_adapter_file
 from weightlab.sources._training import is_training_file
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 __all__ = [
@@ -33,7 +34,8 @@ class Source(Protocol):
         label: what to call it in messages.
         specs: every stored tensor by name.
         aliases: further names of stored tensors: {name: the name in `specs` that has the bytes}.
-        opaque: names on which no sums are defined, whatever their dtype (scaled codes of a quantised checkpoint).
+        opaque: names on which no sums are defined, whatever their dtype: codes, and what is no float.
+        codes: those of them that are codes of a quantised checkpoint, or belong to some, and what they are.
         path: the file or folder; None for tensors in memory.
     """
 
@@ -41,6 +43,7 @@ class Source(Protocol):
     specs: Mapping[str, TensorSpec]
     aliases: Mapping[str, str]
     opaque: frozenset[str]
+    codes: Mapping[str, Code]
     path: Path | None
 
     def read(self, name: str, start: int, out: Tensor) -> None:

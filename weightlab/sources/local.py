@@ -16,7 +16,8 @@ from weightlab.files.disk import read_exactly, storage_errors
 from weightlab.sources._choice import INDEX_SUFFIX, SUFFIX, pickle_in, safetensors_in
 from weightlab.sources._index import agree, read_index, shards_in
 from weightlab.sources._parts import parts_of
-from weightlab.sources._quantised import opaque_names, read_config
+from weightlab.sources._quantised import caution, codes_in, opaque_names, read_config
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 __all__ = [
@@ -88,16 +89,19 @@ class LocalSource:
         self.fuller = frozenset(part.key(file) for part in parts for file in part.fuller)
         self.elsewhere = frozenset(part.key(name) for part in parts for name in part.elsewhere)
         self.cautions = tuple(note for part in parts for note in part.notes)
-        opaque: set[str] = set()
+        found: dict[str, Code] = {}
         for part in parts:
             if part.index is not None:
                 self.indexes[part.key(part.index[0])] = part.index[1]
             specs = {n: e.spec for header in part.headers.values() for n, e in header.entries.items()}
-            opaque.update(map(part.key, opaque_names(specs, part.config)))
+            codes = codes_in(specs, part.config)
+            found |= {part.key(name): Code(code.kind, part.key(code.module)) for name, code in codes.items()}
+            self.cautions += (told,) if (told := caution(codes, part.config)) else ()
             for file, header in part.headers.items():
                 self._take(part, file, header)
         self.specs: Mapping[str, TensorSpec] = {name: entry.spec for name, entry in self._entries.items()}
-        self.opaque = frozenset(opaque)
+        self.codes: Mapping[str, Code] = found
+        self.opaque = opaque_names(self.specs, found)
         self.aliases: Mapping[str, str] = {}
         self._descriptors: dict[str, int] = {}
 

@@ -17,6 +17,7 @@ from weightlab.sources._parts import parts_of
 from weightlab.sources.local import LocalSource, find_anchor, open_anchor, pickled_parts
 from weightlab.sources.pickled import SOURCE as PICKLED
 from weightlab.sources.pickled import PickledSource
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -44,6 +45,7 @@ class PartsSource:
         self.specs: dict[str, TensorSpec] = {}
         self.aliases: dict[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
         if local is not None:
             self.files |= {*local.files}
             self._take(local, "")
@@ -59,6 +61,8 @@ class PartsSource:
             self._owners[prefix + name] = source, name
         self.aliases |= {prefix + alias: prefix + name for alias, name in source.aliases.items()}
         self.opaque |= _named(prefix, source.opaque)
+        mine = {prefix + name: Code(code.kind, prefix + code.module) for name, code in source.codes.items()}
+        self.codes = {**self.codes, **mine}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         source, own = self._owners[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsupportedFormatError
 from weightlab.files.foreign import plain_names, read_json
 from weightlab.sources._choice import PICKLE_INDEX, PICKLES, pickle_in
-from weightlab.sources._quantised import opaque_names, read_config
+from weightlab.sources._quantised import caution, codes_in, opaque_names, read_config
 from weightlab.sources._torch_file import TorchFile, Unreadable, is_tensor
 from weightlab.sources._unpickling import Item, Persistent
 from weightlab.sources.virtual.memory import MemorySource
@@ -71,7 +71,9 @@ class PickledSource(MemorySource):
         self.cautions = cautions
         self.config = read_config(folder)
         super().__init__(state, str(path), path)
-        self.opaque = opaque_names(self.specs, self.config)
+        self.codes = codes_in(self.specs, self.config)
+        self.cautions += (told,) if (told := caution(self.codes, self.config)) else ()
+        self.opaque = opaque_names(self.specs, self.codes)
 
 
 class _Pickled:

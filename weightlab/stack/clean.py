@@ -27,7 +27,7 @@ class CleanSource:
         self._source, self._originals, self._touched = source, place.path / ORIGINALS, touched
         self.label, self.path = source.label, source.path
         self.specs: Mapping[str, TensorSpec] = source.specs
-        self.aliases, self.opaque = source.aliases, source.opaque
+        self.aliases, self.opaque, self.codes = source.aliases, source.opaque, source.codes
         self.config, self.configs = source.config, source.configs
         self._descriptors: dict[str, int] = {}
         strange = [f"{n}: not in {known.file}" for n, known in touched.items() if source.file_of.get(n) != known.file]

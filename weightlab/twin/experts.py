@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weightlab.errors import MisfitError, NamesMismatchError, UsageError
+from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.files.foreign import is_plain_name
-from weightlab.ops.alike import clean_source
+from weightlab.ops.alike import clean_source, require_same
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PathLike, base_of, model_path, names_patch, open_patches, parse_patch
 from weightlab.patches.compute import digest_tensors
@@ -25,6 +25,7 @@ from weightlab.sources.virtual.chosen import ChosenSource
 from weightlab.sources.virtual.computed import ComputedSource, read_values
 from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.codes import refusal, require_same_form
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.workspace import WorkspaceOfThread
@@ -100,33 +101,32 @@ def _sum(start: Source, patch: Patch, names: Sequence[str]) -> Source:
     return ComputedSource(patch.label, specs, compute)
 
 
-def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[str], dict[str, list[str]], list[str]]:
+def shared_tensors(
+    start: Source, experts: Mapping[str, Source], resources: Resources
+) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Which tensors are shared, which are an expert's own, and which only the base has.
 
-    Tensors of integers are the base's, and in none of the three.
+    Tensors of integers and codes are the base's, and in none of the three.
 
     Raises:
         NamesMismatchError: lists those that the base and some experts have and others lack.
-        MisfitError: lists weights that are codes of a quantised checkpoint.
+        MisfitError: lists codes, and matrices of integers, that are not the same in all.
     """
-    codes = [
-        f"{n} in {s.label}"
-        for s in (start, *experts.values())
-        for n in s.specs
-        if n in s.opaque and len(s.specs[n].shape) > 1
-    ]
-    if codes:
-        raise MisfitError(
-            "these weights are codes of a quantised checkpoint, on which no sums are defined",
-            "take the models before they were quantised",
-            codes,
-        )
-    copies = {id(source): Copies(source, source.specs) for source in (start, *experts.values())}
+    models = (start, *experts.values())
+    for source in experts.values():
+        require_same_form(source, start)
+    fixed = {name for source in models for name in source.opaque}
+    coded = {name for source in models for name in source.codes}
+    lone = sorted((n for n in coded if not all(n in source.specs for source in models)), key=natural_key)
+    if lone:
+        raise refusal(*models, names=lone)
+    require_same({n: [(s, n) for s in models if n in s.specs] for n in sorted(fixed, key=natural_key)}, resources)
+    copies = {id(source): Copies(source, source.specs) for source in models}
     common: list[str] = []
     left_out: list[str] = []
     wrong: list[str] = []
     for name, spec in start.specs.items():
-        if not spec.is_float:
+        if name in fixed:
             continue
         having = [source for source in experts.values() if name in source.specs]
         if not having:
@@ -149,7 +149,7 @@ def shared_tensors(start: Source, experts: Mapping[str, Source]) -> tuple[list[s
     of_shared = {name: Copies(source, common) for name, source in experts.items()}
     own = {
         name: sorted(
-            (n for n, s in source.specs.items() if s.is_float and n not in shared and not of_shared[name].of(n)),
+            (n for n in source.specs if n not in fixed and n not in shared and not of_shared[name].of(n)),
             key=natural_key,
         )
         for name, source in experts.items()

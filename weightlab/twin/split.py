@@ -119,7 +119,7 @@ def twin_split(
     with ExitStack() as stack:
         start = clean_source(stack, model_path(base), wait, options.resources)
         tuned = {n: expert_source(stack, base, start, p, wait, options.resources) for n, p in paths.items()}
-        common, heads, left_out = shared_tensors(start, tuned)
+        common, heads, left_out = shared_tensors(start, tuned, options.resources)
         options.base_fingerprint = fingerprint(digest_tensors(start, start.specs, options.resources))
         deltas, order = _deltas(start, tuned, common, scales, options.resources)
         ordered = settings.ordered(order)

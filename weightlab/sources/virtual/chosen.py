@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -21,6 +22,7 @@ class ChosenSource:
         self.specs: Mapping[str, TensorSpec] = {n: source.specs[n] for n in names}
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = source.opaque & self.specs.keys()
+        self.codes: Mapping[str, Code] = {n: c for n, c in source.codes.items() if n in self.specs}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         self._source.read(name, start, out)

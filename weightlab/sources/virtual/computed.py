@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.tiles import TILE
 
@@ -31,6 +32,7 @@ class ComputedSource:
         self.specs: Mapping[str, TensorSpec] = dict(specs)
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
         self._compute = compute
 
     def read(self, name: str, start: int, out: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weightlab.sources import Source
 from weightlab.sources.virtual.computed import read_values
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec, compute_dtype
 from weightlab.tensors.tiles import tiles
 from weightlab.tensors.workspace import WorkspaceOfThread
@@ -36,6 +37,7 @@ class DifferenceSource:
         }
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         dtype = self.specs[name].type

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -26,6 +27,7 @@ class JoinedSource:
         self.specs: Mapping[str, TensorSpec] = {n: s.specs[n] for n, s in self._owners.items()}
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset(n for n, s in self._owners.items() if n in s.opaque)
+        self.codes: Mapping[str, Code] = {n: s.codes[n] for n, s in self._owners.items() if n in s.codes}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         self._owners[name].read(name, start, out)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from weightlab.errors import InputError
-from weightlab.sources._quantised import opaque_names
+from weightlab.sources._quantised import codes_in, opaque_names
+from weightlab.tensors.codes import Code
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.spec import BY_TORCH, TensorSpec, is_name
 
@@ -63,7 +64,8 @@ class MemorySource:
         self.specs: Mapping[str, TensorSpec] = {
             n: TensorSpec(n, BY_TORCH[t.dtype].name, _logical_shape(t)) for n, t in self.tensors.items()
         }
-        self.opaque = opaque_names(self.specs, {}) | opaque
+        self.codes: Mapping[str, Code] = codes_in(self.specs, {})
+        self.opaque = opaque_names(self.specs, self.codes) | opaque
         self._copy: tuple[str | None, Tensor] = None, torch.empty(0)
         self._lock = Lock()
 

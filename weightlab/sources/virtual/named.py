@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -31,6 +32,7 @@ class NamedSource:
         names = {**source.aliases, **{s: s for s in source.specs}}
         self.aliases: Mapping[str, str] = {n: first[s] for n, s in names.items() if n not in shown}
         self.opaque: frozenset[str] = frozenset(n for n, s in shown.items() if s in source.opaque)
+        self.codes: Mapping[str, Code] = {n: source.codes[s] for n, s in shown.items() if s in source.codes}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         self._source.read(self.stored[name], start, out)

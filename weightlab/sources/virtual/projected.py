@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -28,6 +29,7 @@ class ProjectedSource:
         self.specs: Mapping[str, TensorSpec] = directions.specs
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         self._directions.read(name, start, out)

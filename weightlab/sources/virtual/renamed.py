@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weightlab.sources import Source
+from weightlab.tensors.codes import Code
 from weightlab.tensors.select import rename
 from weightlab.tensors.spec import TensorSpec
 
@@ -32,6 +33,10 @@ class RenamedSource:
         self.specs: Mapping[str, TensorSpec] = {n: replace(source.specs[o], name=n) for n, o in self._old.items()}
         self.aliases: Mapping[str, str] = {names[a]: names[n] for a, n in source.aliases.items()}
         self.opaque: frozenset[str] = frozenset(names[name] for name in source.opaque)
+        self.codes: Mapping[str, Code] = {
+            names[n]: replace(c, module=names[n][: len(names[n]) - len(n) + len(c.module)])
+            for n, c in source.codes.items()
+        }
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         self._source.read(self._old[name], start, out)

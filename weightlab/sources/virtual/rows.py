@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weightlab.sources import Source
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.vocabulary import RowPlan
 
@@ -41,6 +42,7 @@ class RowsSource:
         }
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         columns = max(1, self.specs[name].numel // self._plan.rows)

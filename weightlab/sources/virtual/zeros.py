@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
 
 
@@ -19,6 +20,7 @@ class ZeroSource:
         self.specs: Mapping[str, TensorSpec] = dict(specs)
         self.aliases: Mapping[str, str] = {}
         self.opaque: frozenset[str] = frozenset()
+        self.codes: Mapping[str, Code] = {}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         out.zero_()
