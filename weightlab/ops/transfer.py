@@ -77,6 +77,7 @@ def transfer(
     *,
     scale: float = 1.0,
     rows: Rows | None = None,
+    renames: Renames | None = None,
     forecast: bool = True,
     allow_nonfinite: bool = False,
     wait: float = 0.0,
@@ -94,6 +95,8 @@ def transfer(
         scale: λ.
         rows: how rows of embeddings are matched; None: by token where there are tokenizers, otherwise by id, and only
             where the counts are the same.
+        renames: {old: new} from the names of base and tune to the target's, see `rename`; "auto" infers it. What the
+            target has beyond the other two then stays as it is.
         forecast: whether to say what is expected of it, for which the three models are read once more.
 
     Raises:

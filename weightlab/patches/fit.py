@@ -13,6 +13,7 @@ from weightlab.patches.parts import StoredParts
 from weightlab.patches.patch import Patch
 from weightlab.patches.ties import Copies
 from weightlab.sources import Source
+from weightlab.tensors.naming import infer, remedy
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -135,6 +136,7 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
             result.followers[copy] = original
             _add(result, source, copy, entry, taken[original], misfits, undefined)
     if misfits:
+        _tell_renaming(source, entries)
         raise NamesMismatchError(
             f"{len(misfits)} tensors do not fit {source.label}",
             "check that the patch is for this architecture; rename prefixes with --map OLD=NEW, or choose tensors with "
@@ -148,6 +150,35 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     if undefined:
         raise StackError("these patches exclude one another", "use one of them, or leave tensors out", undefined)
     return result
+
+
+def patch_names(patch: Patch) -> dict[str, TensorSpec]:
+    """The tensors that a patch expects in a checkpoint."""
+    specs = {name: record.base_spec(name) for name, record in patch.records.items()}
+    return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def names_of(source: Source) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint under all of their names."""
+    return {a: source.specs[n] for a, n in source.aliases.items()} | dict(source.specs)
+
+
+def _tell_renaming(source: Source, entries: Sequence[StackEntry]) -> None:
+    """Raises:
+    NamesMismatchError: a renaming would let all that a patch expects find its tensor.
+    """
+    there = names_of(source)
+    for entry in entries:
+        expected = patch_names(entry.patch)
+        if entry.renames or expected.keys() <= there.keys():
+            continue
+        found = infer(expected, there)
+        if found and found[0].paired == len(expected):
+            raise NamesMismatchError(
+                f"{entry.patch.label} has other names than {source.label}: all {len(expected)} tensors pair up by a "
+                "renaming",
+                remedy(found),
+            )
 
 
 def _twin(patch: Patch, name: str, others: Mapping[str | None, list[str]]) -> bool:
