@@ -22,6 +22,7 @@ from weightlab.stack.guards import On
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
 from weightlab.tensors.naming import Renames
+from weightlab.tensors.select import patterns
 
 
 @overload
