@@ -87,7 +87,8 @@ def shared_names(
         hidden = [] if rules else infer(real.specs, others[0].specs)
         if hidden and hidden[0].paired == min(len(real.specs), len(others[0].specs)):
             raise NamesMismatchError(
-                f"{real.label} has other names than {others[0].label}: {hidden[0].paired} tensors pair up by a renaming",
+                f"{real.label} has other names than {others[0].label}: {hidden[0].paired} tensors pair up by a "
+                "renaming",
                 remedy(hidden),
             )
         raise NamesMismatchError(

@@ -11,7 +11,9 @@ from weightlab.tensors.select import matches
 from weightlab.tensors.spec import TensorSpec
 
 
-def entries_of(patches: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT, *, infer_names: bool = False) -> list[On]:
+def entries_of(
+    patches: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT, *, infer_names: bool = False
+) -> list[On]:
     """(what each is recorded as, the entry).
 
     Filters and renames choose among the tensors of a patch when it is put on. Of an adapter only what they leave

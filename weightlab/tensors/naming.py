@@ -171,18 +171,15 @@ def _extended(
     return more | {n: n for n in kept}
 
 
-def _score(
-    given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], rules: Mapping[str, str]
-) -> int | None:
+def _score(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], rules: Mapping[str, str]) -> int | None:
     shown = _renamed(given, rules)
     return None if shown is None else _paired(given, shown, wanted)
 
 
 def _renamed(given: Mapping[str, TensorSpec], rules: Mapping[str, str]) -> Mapping[str, str] | None:
     """None where two tensors would get one name."""
-    used = {o: n for o, n in rules.items()}
     try:
-        return rename(given, used, idle=False)
+        return rename(given, rules, idle=False)
     except NamesMismatchError:
         return None
 
