@@ -46,7 +46,7 @@ def test_the_error_gives_the_option_and_auto_takes_it(prefix: str) -> None:
 
 
 def test_a_renaming_is_not_hidden_by_what_is_allowed() -> None:
-    with pytest.raises(NamesMismatchError, match="--map module.="):
+    with pytest.raises(NamesMismatchError, match=r"--map module.="):
         wl.diff(text(), before("module.", plus(text())), allow=["added", "removed"])
     base, tuned = text() | {"score.weight": torch.ones(2, 2)}, text() | {"classifier.weight": torch.zeros(2, 2)}
     patch = wl.diff(base, tuned, allow=["added", "removed"])  # a new head beside an old one is meant
@@ -82,11 +82,11 @@ def test_a_chat_vector_goes_on_the_language_tower_only(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     patch = wl.diff(tmp_path / "base", tmp_path / "tuned", encode="dense")
-    with pytest.raises(NamesMismatchError, match="--map =language_model."):
+    with pytest.raises(NamesMismatchError, match=r"--map =language_model."):
         wl.apply(tmp_path / "vlm", patch, out=tmp_path / "out")
     wl.apply(tmp_path / "vlm", patch, out=tmp_path / "out", renames="auto")
     models = (tmp_path / "base", tmp_path / "tuned", tmp_path / "vlm")
-    with pytest.raises(NamesMismatchError, match="--map language_model.="):
+    with pytest.raises(NamesMismatchError, match=r"--map language_model.="):
         wl.transfer(*models, tmp_path / "moved", forecast=False)
     assert wl.transfer(*models, tmp_path / "moved", renames="auto").forecast is not None
     for out in ("out", "moved"):

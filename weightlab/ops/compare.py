@@ -70,6 +70,6 @@ def difference(
             "changed": len(changed),
             "added": sorted(pairing.added, key=natural_key),
             "removed": sorted(pairing.removed, key=natural_key),
-            "renames": taken,
+            **({"renames": taken} if taken else {}),
         }
         return result
