@@ -110,14 +110,15 @@ def dry_run(text: str) -> Callable[[Function], Function]:
 
 
 def renames(text: str) -> Callable[[Function], Function]:
-    """--map OLD=NEW, given to the command as a mapping called `renames`."""
+    """--map OLD=NEW or --map auto, given to the command as `renames`: a mapping, or "auto"."""
 
-    def convert(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    def convert(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str] | str:
         from weightlab.tensors.select import parse_renames
 
-        return parse_renames(value)
+        return "auto" if value == ("auto",) else parse_renames(value)
 
-    return click.option("--map", "renames", multiple=True, metavar="OLD=NEW", callback=convert, help=text)
+    more = " OLD with a dot before it is whole components, anywhere (.gamma=.weight); `auto` infers them all."
+    return click.option("--map", "renames", multiple=True, metavar="OLD=NEW", callback=convert, help=text + more)
 
 
 def method(default: str) -> Callable[[Function], Function]:

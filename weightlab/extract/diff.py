@@ -26,7 +26,6 @@ from weightlab.patches.writer import PatchWriter, Spool
 from weightlab.sources import Source
 from weightlab.tensors.codes import separated, separation
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.select import select
 
 __all__ = ["DiffOptions", "diff_sources", "match_sources"]
 
@@ -73,8 +72,8 @@ class _Difference:
         self.options, self.rules = options, Rules(options.encode)
         self.stored_base, self.stored_tuned = base, tuned
         self.base, self.tuned = aligned(base, tuned)
-        pairing = match_sources(self.base, self.tuned, options.allow)
-        names = select([*pairing.both, *pairing.added, *pairing.removed], options.include, options.exclude)
+        pairing = match_sources(self.base, self.tuned, options.allow, options.include, options.exclude)
+        names = [*pairing.both, *pairing.added, *pairing.removed]
         self.rules.check_used(names)
         gone, new = set(pairing.removed), set(pairing.added)
         self.removed = [name for name in names if name in gone]

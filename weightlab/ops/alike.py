@@ -11,9 +11,12 @@ from weightlab.patches.compute import digest_tensors
 from weightlab.patches.ties import redundant_copy_of
 from weightlab.sources import Source
 from weightlab.sources.virtual.named import NamedSource
+from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stack.guards import clean_view
 from weightlab.stream.executor import Resources
 from weightlab.tensors.codes import refusal, require_same_form
+from weightlab.tensors.naming import Renames, infer, remedy, resolve
+from weightlab.tensors.select import matches, rename, select
 
 Names = Mapping[str, tuple[str, ...]]
 """{name in the target, which is the last model: names in each of them}."""
@@ -31,25 +34,46 @@ def under_target_names(source: Source, names: Names, index: int) -> Source:
     return NamedSource(source, mine | {n: n for n in source.specs if n not in mine.values()})
 
 
-def shared_names(sources: Sequence[Source], resources: Resources) -> dict[str, tuple[str, ...]]:
+def shared_names(
+    sources: Sequence[Source],
+    resources: Resources,
+    renames: Renames | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, tuple[str, ...]]:
     """{name in the target, the last one: its names in all of them}, of all that can be summed.
 
     What cannot be, codes and integers, is the same in all of them and stays; single numbers and vectors of integers
     (counters of batches) may differ, and stay as the target has them.
 
+    Args:
+        renames: {old: new} from the target's names to the others', or "auto"; what the target has beyond them is then
+            left alone.
+        include, exclude: globs over the target's names; what they leave out is not compared.
+
     Raises:
         NamesMismatchError: lists what one of them lacks, or has beyond the target.
         MisfitError: lists codes, and matrices of integers, that are not the same in all.
     """
-    *others, target = sources
+    *others, real = sources
     for source in others:
-        require_same_form(source, target)
+        require_same_form(source, real)
+    rules = resolve(real.specs, others[0].specs, renames)
+    target = RenamedSource(real, rules) if rules else real
+    own = {shown: name for name, shown in rename(real.specs, rules).items()}
+    chosen = set(select([*real.specs], include, exclude))
     found: dict[str, tuple[str, ...]] = {}
     wrong: list[str] = []
     fixed: dict[str, list[tuple[Source, str]]] = {}
     used: list[set[str]] = [set() for _ in others]
     for name, spec in target.specs.items():
         mine = [_stored(source, name, target) for source in others]
+        if own[name] not in chosen:
+            for seen, stored in zip(used, mine, strict=True):
+                seen.add(stored or name)
+            continue
+        if rules and not any(mine):
+            continue
         lacking = [s.label for s, stored in zip(others, mine, strict=True) if stored is None]
         wrong += [f"{spec}: not in {label}" for label in lacking]
         if lacking:
@@ -61,11 +85,19 @@ def shared_names(sources: Sequence[Source], resources: Resources) -> dict[str, t
         if any(stored in source.opaque for source, stored in each):
             fixed[name] = each
         else:
-            found[name] = (*theirs, name)
+            found[own[name]] = (*theirs, own[name])
     for source, seen in zip(others, used, strict=True):
-        extra = [n for n in source.specs if n not in seen and redundant_copy_of(source, n, seen) is None]
+        extra = [n for n in source.specs if not include and not matches(n, exclude)]
+        extra = [n for n in extra if n not in seen and redundant_copy_of(source, n, seen) is None]
         wrong += [f"{source.specs[n]}: in {source.label}, not in {target.label}" for n in extra]
     if wrong:
+        hidden = [] if rules else infer(real.specs, others[0].specs)
+        if hidden and hidden[0].paired == min(len(real.specs), len(others[0].specs)):
+            raise NamesMismatchError(
+                f"{real.label} has other names than {others[0].label}: {hidden[0].paired} tensors pair up by a "
+                "renaming",
+                remedy(hidden),
+            )
         raise NamesMismatchError(
             f"{len(wrong)} tensors are not in all {_NUMBERS.get(len(sources), len(sources))} models",
             "give models of one architecture",

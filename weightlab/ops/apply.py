@@ -21,6 +21,7 @@ from weightlab.ops.state_dict import patch_state_dict
 from weightlab.stack.guards import On
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.select import patterns
 
 
@@ -31,7 +32,7 @@ def apply(
     *,
     include: Sequence[str] = ...,
     exclude: Sequence[str] = ...,
-    renames: Mapping[str, str] | None = ...,
+    renames: Renames | None = ...,
     allow: Sequence[str] = ...,
     experts_layout: ExpertsLayout | None = ...,
     allow_nonfinite: bool = ...,
@@ -49,7 +50,7 @@ def apply(
     in_place: bool = ...,
     include: Sequence[str] = ...,
     exclude: Sequence[str] = ...,
-    renames: Mapping[str, str] | None = ...,
+    renames: Renames | None = ...,
     allow: Sequence[str] = ...,
     experts_layout: ExpertsLayout | None = ...,
     key: str | None = ...,
@@ -70,7 +71,7 @@ def apply(
     in_place: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    renames: Mapping[str, str] | None = None,
+    renames: Renames | None = None,
     allow: Sequence[str] = (),
     experts_layout: ExpertsLayout | None = None,
     key: str | None = None,
@@ -90,7 +91,8 @@ def apply(
         out: where the new checkpoint goes: a folder, or `NAME.safetensors` for a model of one file.
         in_place: change the checkpoint itself; `remove` takes patches off again, bit for bit.
         include, exclude: globs over the model's tensor names.
-        renames: {old prefix: new prefix} from the patch's tensor names to the model's.
+        renames: {old: new} from the patch's tensor names to the model's, see `rename`; "auto" infers it, and what it
+            finds is what the stack records.
         allow: `"added"`: tensors of an adapter that the model lacks, such as a head, are added to it.
         experts_layout: how the experts lie in an adapter's `lora_B`, where it does not say so.
         key: where in a pickle the state dict lies.
@@ -110,8 +112,9 @@ def apply(
     resources = resources or Resources()
     base = base_of(model, key=key, wait=wait, resources=resources)
     added = "added" in patterns(allow)
-    adapters = AdapterOptions(patterns(include), patterns(exclude), dict(renames or {}), added, experts_layout)
-    entries = entries_of(patches, base, adapters)
+    given = {} if renames is None or renames == "auto" else dict(renames)
+    adapters = AdapterOptions(patterns(include), patterns(exclude), given, added, experts_layout)
+    entries = entries_of(patches, base, adapters, infer_names=renames == "auto")
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
-from weightlab.extract.match import aligned, match_sources
+from weightlab.extract.match import aligned, match_sources, renamed
 from weightlab.ops.inspect import Inspection, row_of, summarise
 from weightlab.ops.moments import moments
 from weightlab.ops.operands import ModelLike, reading
 from weightlab.patches.compute import digest_tensors
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
-from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.select import select
+from weightlab.tensors.select import patterns
 
 
 def difference(
@@ -24,7 +24,7 @@ def difference(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    renames: Mapping[str, str] | None = None,
+    renames: Renames | None = None,
     allow: Collection[str] = (),
     key: str | None = None,
     wait: float = 0.0,
@@ -38,16 +38,15 @@ def difference(
     Raises:
         NamesMismatchError: lists every tensor that does not pair up and is not allowed to.
     """
+    include, exclude = patterns(include), patterns(exclude)
     resources = resources or Resources()
     with ExitStack() as stack:
         before: Source = stack.enter_context(reading(base, key=key, wait=wait))
         after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
-        if renames:
-            after = RenamedSource(after, renames)
+        after, taken = renamed(before, after, renames)
         before, after = aligned(before, after)
-        pairing = match_sources(before, after, allow)
-        chosen = set(select([*pairing.both, *pairing.added, *pairing.removed], include, exclude))
-        both = [n for n in pairing.both if n in chosen]
+        pairing = match_sources(before, after, allow, include, exclude)
+        both = pairing.both
         digests = [digest_tensors(s, both, resources) for s in (before, after)]
         changed = sorted((n for n in both if digests[0][n] != digests[1][n]), key=natural_key)
         plain = [
@@ -69,7 +68,8 @@ def difference(
         result.facts = {
             "compared": len(both),
             "changed": len(changed),
-            "added": sorted(chosen & set(pairing.added), key=natural_key),
-            "removed": sorted(chosen & set(pairing.removed), key=natural_key),
+            "added": sorted(pairing.added, key=natural_key),
+            "removed": sorted(pairing.removed, key=natural_key),
+            **({"renames": taken} if taken else {}),
         }
         return result

@@ -17,8 +17,9 @@ from weightlab.ops.three import folder_of_model, row_plan
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.layers import unit_of
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.order import natural_key
-from weightlab.tensors.select import select
+from weightlab.tensors.select import patterns
 
 Forecast = Literal["near", "far", "unrelated"]
 UNRELATED = 0.5
@@ -94,6 +95,7 @@ def connectivity(
     source_tuned: ModelLike,
     target_base: ModelLike,
     *,
+    renames: Renames | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     wait: float = 0.0,
@@ -105,6 +107,10 @@ def connectivity(
     from tuned targets. Before there are any, what tells is how far the target is from the source base, and whether they
     share their training at all.
 
+    Args:
+        renames: {old: new} from the target's names to the others', see `rename`; "auto" infers it.
+        include, exclude: globs over the target's names; what they leave out is not compared.
+
     Raises:
         NamesMismatchError: the three are not of one architecture.
     """
@@ -112,14 +118,14 @@ def connectivity(
     resources = resources or Resources()
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, resources) for path in models)
-        names = shared_names((base, tuned, target), resources)
+        names = shared_names((base, tuned, target), resources, renames, patterns(include), patterns(exclude))
         folders = [folder_of_model(model) for model in models]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, None)
         left = vocabulary if plan is not None and not plan.plain else []
         require_shapes((base, tuned, target), {n: three for n, three in names.items() if n not in left})
         matrices = [n for n in names if len(target.specs[n].shape) > 1 and n not in left]
-        chosen = select(matrices or [n for n in names if n not in left], include, exclude)
+        chosen = matrices or [n for n in names if n not in left]
         if not chosen:
             raise NamesMismatchError("no tensor is left to compare", "choose others with --include and --exclude")
         first, second, third = (under_target_names(s, names, i) for i, s in enumerate((base, tuned, target)))

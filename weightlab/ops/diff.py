@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from weightlab.extract.diff import DiffOptions, diff_sources
+from weightlab.extract.match import renamed
 from weightlab.extract.rules import EncodeRules
 from weightlab.ops.operands import ModelLike, PathLike, adapters_beside, reading
 from weightlab.patches.patch import Patch
 from weightlab.sources import Source, cautions_of
-from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors import naming
+from weightlab.tensors.naming import Renames
 
 
 def diff(
@@ -23,7 +25,7 @@ def diff(
     encode: EncodeRules = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    renames: Mapping[str, str] | None = None,
+    renames: Renames | None = None,
     allow: Collection[str] = (),
     allow_nonfinite: bool = False,
     key: str | None = None,
@@ -42,7 +44,7 @@ def diff(
             the patch object.
         encode: how tensors are stored; see `weightlab.extract.rules.Rules`. Default: exact.
         include, exclude: globs over the base's tensor names.
-        renames: {old prefix: new prefix} from the tuned model's tensor names to the base's.
+        renames: {old: new} from the tuned model's tensor names to the base's, see `rename`; "auto" infers it.
         allow: differences in structure that are meant: "added" and "removed" tensors, appended "rows".
         key: where in pickles the state dict lies.
         base_name, revision: the base's name on the Hub and its revision, for the header.
@@ -69,6 +71,8 @@ def diff(
         after: Source = stack.enter_context(reading(tuned, key=key, wait=wait))
         cautions = [*cautions_of(before), *cautions_of(after), *adapters_beside(base, tuned)]
         options.notes = "; ".join([*([options.notes] if options.notes else []), *cautions]) or None
-        if renames:
-            after = RenamedSource(after, renames)
+        after, taken = renamed(before, after, renames)
+        if taken and taken != renames:
+            cautions.append(f"names of the tuned model were mapped: {naming.options(taken)}")
+            options.notes = "; ".join(n for n in (notes, *cautions) if n)
         return diff_sources(before, after, None if out is None else Path(out), options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ from weightlab.sources.virtual.rows import RowsSource
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.naming import Renames
+from weightlab.tensors.select import patterns
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.vocabulary import RowPlan
 
@@ -77,6 +79,9 @@ def transfer(
     *,
     scale: float = 1.0,
     rows: Rows | None = None,
+    renames: Renames | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     forecast: bool = True,
     allow_nonfinite: bool = False,
     wait: float = 0.0,
@@ -94,6 +99,9 @@ def transfer(
         scale: λ.
         rows: how rows of embeddings are matched; None: by token where there are tokenizers, otherwise by id, and only
             where the counts are the same.
+        renames: {old: new} from the target's tensor names to those of base and tune, see `rename`; "auto" infers it.
+            What the target has beyond the other two then stays as it is.
+        include, exclude: globs over the target's tensor names; the others stay as they are.
         forecast: whether to say what is expected of it, for which the three models are read once more.
 
     Raises:
@@ -106,11 +114,15 @@ def transfer(
     round_scale(scale)
     paths = [model_path(source_base), Path(source_tuned), model_path(target_base)]
     if is_only_adapter(paths[1]):
+        if renames or include or exclude:
+            raise UsageError(
+                "--map, --include and --exclude are not for adapters here", "put it on with `weightlab apply`"
+            )
         return _adapter(paths, Path(out), scale, options)
     model_path(source_tuned)
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, options.resources) for path in paths)
-        names = shared_names((base, tuned, target), options.resources)
+        names = shared_names((base, tuned, target), options.resources, renames, patterns(include), patterns(exclude))
         folders = [path if path.is_dir() else None for path in paths]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
         plan = row_plan(folders, (base, tuned, target), {n: names[n] for n in vocabulary}, rows)
@@ -125,7 +137,16 @@ def transfer(
         done.notes += adapters_beside(source_base, source_tuned)
         done.kept = _integers(base, tuned, target, options.resources)
     if forecast and rows != "by-id":
-        done.forecast = connectivity(source_base, source_tuned, target_base, wait=wait, resources=options.resources)
+        done.forecast = connectivity(
+            source_base,
+            source_tuned,
+            target_base,
+            renames=renames,
+            include=include,
+            exclude=exclude,
+            wait=wait,
+            resources=options.resources,
+        )
     return done
 
 

@@ -14,6 +14,7 @@ from weightlab.patches.patch import Patch
 from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal, separated, separation
+from weightlab.tensors.naming import infer, remedy
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -144,6 +145,7 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
     if coded:
         raise refusal(source, names=coded)
     if misfits:
+        _tell_renaming(source, entries)
         raise NamesMismatchError(
             f"{len(misfits)} tensors do not fit {source.label}",
             "check that the patch is for this architecture; rename prefixes with --map OLD=NEW, or choose tensors with "
@@ -183,6 +185,35 @@ def _keeps_codes(source: Source, stored: str, entry: StackEntry, name: str) -> b
     if record.encoding == "removed":
         return True
     return entry.scale in (0.0, 1.0) and entry.patch.encoding(name).lossless
+
+
+def patch_names(patch: Patch) -> dict[str, TensorSpec]:
+    """The tensors that a patch expects in a checkpoint."""
+    specs = {name: record.base_spec(name) for name, record in patch.records.items()}
+    return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def names_of(source: Source) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint under all of their names."""
+    return {a: source.specs[n] for a, n in source.aliases.items()} | dict(source.specs)
+
+
+def _tell_renaming(source: Source, entries: Sequence[StackEntry]) -> None:
+    """Raises:
+    NamesMismatchError: a renaming would let all that a patch expects find its tensor.
+    """
+    there = names_of(source)
+    for entry in entries:
+        expected = patch_names(entry.patch)
+        if entry.renames or expected.keys() <= there.keys():
+            continue
+        found = infer(expected, there)
+        if found and found[0].paired == len(expected):
+            raise NamesMismatchError(
+                f"{entry.patch.label} has other names than {source.label}: all {len(expected)} tensors pair up by a "
+                "renaming",
+                remedy(found),
+            )
 
 
 def _twin(patch: Patch, name: str, others: Mapping[str | None, list[str]]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -17,6 +18,7 @@ from weightlab_cli.options import Common
 @click.argument("target_base", type=options.operand)
 @options.include
 @options.exclude
+@options.renames("Rename prefixes of TARGET_BASE's tensor names to the others'; may be repeated.")
 @click.option("--target-tuned", type=options.operand, help="A tune of the target: measure the line to it.")
 @click.option("--text", type=Path, metavar="FILE.txt", help="Held-out text for that.")
 @click.option("--points", default=11, show_default=True, type=click.IntRange(3), help="On the line.")
@@ -33,6 +35,7 @@ def command(
     target_base: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    renames: dict[str, str] | Literal["auto"],
     target_tuned: str | None,
     text: Path | None,
     points: int,
@@ -74,6 +77,7 @@ def command(
             target_base,
             include=include,
             exclude=exclude,
+            renames=renames,
             wait=wait,
             resources=resources,
         )

@@ -10,7 +10,7 @@ import click
 from weightlab.errors import UsageError
 from weightlab_cli import options
 from weightlab_cli.options import Common
-from weightlab_cli.output import size
+from weightlab_cli.output import printable, size
 
 _FOR_A_PATCH = ("encode", "base_name", "revision", "license", "notes", "allow_nonfinite", "dry_run")
 
@@ -65,6 +65,8 @@ def command(common: Common, base: str, tuned: str, out: Path | None, exit_code: 
     dry_run = chosen.pop("dry_run")
     with common.resources() as resources:
         patch = wl.diff(base, tuned, None if dry_run else out, resources=resources, **chosen)
+    if not common.output.quiet and patch.header.notes and patch.header.notes != chosen["notes"]:
+        click.echo(printable(patch.header.notes), err=True)
     show_patch(common.output, str(out), inspect(patch, norms=False), resources, dry_run=dry_run)
 
 
@@ -80,6 +82,10 @@ def _compare(common: Common, base: str, tuned: str, exit_code: bool, chosen: dic
     common.output.result(found)
     show_layers(common.output, found)
     facts = found.facts
+    if "renames" in facts:
+        from weightlab.tensors.naming import options as typed
+
+        common.output.line(f"names of the tuned model were mapped: {typed(facts['renames'])}")
     for what in ("added", "removed"):
         for name in facts[what]:
             common.output.line(f"{what}: {name}")

@@ -22,6 +22,9 @@ from weightlab_cli.options import Common
     help="How rows of embeddings are matched.  [default: by token where there are tokenizers]",
 )
 @click.option("--forecast/--no-forecast", default=True, help="Say whether it is expected to work.  [default: yes]")
+@options.include
+@options.exclude
+@options.renames("Rename prefixes of TARGET_BASE's tensor names to the others'; may be repeated.")
 @options.allow_nonfinite
 @options.dry_run(options.DRY_CHANGE)
 @options.wait
