@@ -37,11 +37,15 @@ _AGAIN = "get the file again, or mend it"
 
 
 @overload
-def read_json(path: Path, schema: None = None, *, limit: int = ..., error: Error = ..., follow: bool = ...) -> Any: ...
+def read_json(
+    path: Path, schema: None = None, *, limit: int = ..., error: Error = ..., follow: bool = ..., constants: bool = ...
+) -> Any: ...
 
 
 @overload
-def read_json(path: Path, schema: type[T], *, limit: int = ..., error: Error = ..., follow: bool = ...) -> T: ...
+def read_json(
+    path: Path, schema: type[T], *, limit: int = ..., error: Error = ..., follow: bool = ..., constants: bool = ...
+) -> T: ...
 
 
 def read_json(
@@ -51,6 +55,7 @@ def read_json(
     limit: int = MAX_BYTES,
     error: Error = MalformedFileError,
     follow: bool = True,
+    constants: bool = False,
 ) -> Any:
     """Reads a JSON file of someone else's.
 
@@ -59,23 +64,45 @@ def read_json(
         limit: bytes that it may have.
         error: the class of error for content that is wrong.
         follow: whether a symbolic link is followed.
+        constants: whether NaN and Infinity are taken, as configurations of Mamba have them.
 
     Raises:
         MissingInputError: it is not there, or is no plain file.
         MalformedFileError: it is too large or too deep, no UTF-8, no JSON (duplicate keys and NaN are none), or of
             other types; every place is listed.
     """
-    return parse_json(read_bytes(path, limit=limit, error=error, follow=follow), str(path), schema, error=error)
+    text = read_bytes(path, limit=limit, error=error, follow=follow)
+    return parse_json(text, str(path), schema, error=error, constants=constants)
 
 
-def parse_json(text: bytes | str, where: str, schema: Any = None, *, error: Error = MalformedFileError) -> Any:
+def parse_json(
+    text: bytes | str, where: str, schema: Any = None, *, error: Error = MalformedFileError, constants: bool = False
+) -> Any:
     """Parses JSON that is in memory already. `where`: what to call it in messages; others as for `read_json`."""
     try:
-        tree = strict_json(text if isinstance(text, str) else text.decode("utf-8"))
+        tree = strict_json(text if isinstance(text, str) else text.decode("utf-8"), constants=constants)
         check_depth(tree)
     except (ValueError, RecursionError) as cause:  # a UnicodeDecodeError is a ValueError
         raise error(f"{where}: not proper JSON: {_short(cause)}", _AGAIN) from cause
     return tree if schema is None else validated(tree, schema, where, error=error)
+
+
+def read_json_lines(path: Path, schema: type[T], *, limit: int = 2**30) -> list[T]:
+    """Reads JSON lines, of which each is of the declared type; empty ones are left out.
+
+    Raises:
+        MissingInputError, MalformedFileError: as for `read_json`; the first line that is wrong is named.
+    """
+    lines = read_text(path, limit=limit).split("\n")
+    return [parse_json(line, f"{path}, line {n}", schema) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_text(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFileError) -> str:
+    """The content of a plain file in UTF-8, as `read_bytes` reads it."""
+    try:
+        return read_bytes(path, limit=limit, error=error).decode("utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: no UTF-8: {_short(cause)}", _AGAIN) from cause
 
 
 def read_yaml(path: Path, schema: Any, *, limit: int = 2**20, error: Error = MalformedFileError) -> Any:
@@ -186,14 +213,14 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number of JSON")
 
 
-def strict_json(text: str | bytes) -> Any:
-    """Parses JSON, refusing duplicate keys and NaN or Infinity.
+def strict_json(text: str | bytes, *, constants: bool = False) -> Any:
+    """Parses JSON, refusing duplicate keys and, unless `constants`, NaN and Infinity.
 
     Raises:
         ValueError: says what is wrong (json.JSONDecodeError is one).
         RecursionError: it is nested very deep.
     """
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_object, parse_constant=None if constants else _no_constant)
 
 
 def is_plain_name(text: object) -> bool:
