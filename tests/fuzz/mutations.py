@@ -7,6 +7,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -137,8 +138,7 @@ def _changed(tree: Any, random: Random) -> Any:
         del at[key]
     elif choice < 0.7:
         other, name = random.choice(places)
-        at[key] = other[name] if (name in other if isinstance(other, dict) else name < len(other)) else None
-        at[key] = json.loads(json.dumps(at[key]))  # not the same object: no tree in itself
+        at[key] = deepcopy(other[name])  # not the same object: no tree in itself
     elif choice < 0.82 and isinstance(at, dict):
         new = random.choice(["", "x", "../x", "9" * 5000, "x" * 300, "a\0b", key + "x", "__metadata__", "\ud800"])
         at[new] = at.pop(key)

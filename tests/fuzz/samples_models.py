@@ -55,7 +55,7 @@ def save_shards(folder: Path, seed: int = 0) -> Path:
 
 READERS = {
     "diff": lambda d: wl.diff(d / "base", d / "model", d / "made.safetensors", encode="dense"),
-    "diff from": lambda d: wl.diff(d / "model", d / "base", allow=("added", "removed", "rows", "dtype")),
+    "diff from": lambda d: wl.diff(d / "model", d / "base"),
     "apply": lambda d: wl.apply(d / "model", d / "patch.safetensors", out=d / "out"),
     "apply in place": lambda d: wl.apply(d / "model", d / "patch.safetensors", in_place=True),
     "status": lambda d: wl.status(d / "model"),

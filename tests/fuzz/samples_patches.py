@@ -22,17 +22,20 @@ def _readers(name: str) -> dict[str, Reader]:
         "apply": lambda d: wl.apply(d / "base", d / name, out=d / "out"),
         "apply in place": lambda d: wl.remove(wl.apply(d / "base", d / name, in_place=True).model, everything=True),
         "apply in memory": lambda d: wl.apply(state(1), d / name),
-        "compose": lambda d: wl.compose([d / name, d / name], d / "composed.safetensors", base=d / "base"),
-        "compare": lambda d: wl.compare([d / name, d / name], base=d / "base"),
+        "compose": lambda d: wl.compose([d / name, d / "other.safetensors"], d / "composed.safetensors", base=d / "base", encode="dense"),
+        "compare": lambda d: wl.compare([d / name, d / "other.safetensors"], base=d / "base"),
         "save": lambda d: (0.5 * wl.open_patch(d / name)).save(d / "saved"),
         "export": lambda d: wl.lora_export(d / name, d / "lora", model=d / "base", rank=1),
     }
 
 
 def _made(folder: Path, encode: str, name: str) -> None:
-    base = save_model(folder / "base", 1)
-    tuned = {**state(2), "added": torch.ones(3), "steps": state()["steps"]}
-    del tuned["model.layers.0.self_attn.k_proj.weight"]
+    base = save_model(folder / "base", 1, config=True)
+    wl.diff(base, state(3), folder / "other.safetensors", encode="dense")
+    tuned = state(2)
+    if encode == "exact" or name != ONE_FILE:
+        tuned["added"] = torch.ones(3)
+        del tuned["model.layers.0.self_attn.k_proj.weight"]
     wl.diff(base, tuned, folder / name, encode=encode, allow=("added", "removed"))
 
 

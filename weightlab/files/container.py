@@ -57,8 +57,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}", "check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise MissingInputError(f"{path}: {getattr(error, 'strerror', error)}", "check the path") from error
     try:
         size = os.fstat(fd).st_size
         raw = os.pread(fd, 8, 0)
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _malformed(path, f"the safetensors library refuses it: {error}") from error
     return Header(entries, metadata, 8 + length, size, bytes_digest(raw + text))
 
@@ -102,7 +102,9 @@ def _entries(path: Path, tree: Mapping[str, Any], start: int, size: int) -> dict
             wrong.append(f"{name!r}: not a name (it is empty, or has control characters or half characters)")
             continue
         match value:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if (
+                not rest and type(begin) is int and type(end) is int
+            ):
                 pass
             case _:
                 wrong.append(f"{name}: not a description of a tensor")

@@ -105,6 +105,14 @@ def read_text(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFil
         raise error(f"{path}: no UTF-8: {_short(cause)}", _AGAIN) from cause
 
 
+def is_file(path: Path) -> bool:
+    """Whether a plain file is there; no, and no error, for a name that no file can have (too long, with a NUL)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_yaml(path: Path, schema: Any, *, limit: int = 2**20, error: Error = MalformedFileError) -> Any:
     """Reads a YAML file, as `read_json` does JSON; aliases, which let a small file grow, are refused."""
     text = read_bytes(path, limit=limit, error=error)

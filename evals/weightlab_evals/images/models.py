@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import weightlab as wl
 from weightlab.errors import InputError, MissingInputError, NamesMismatchError, UsageError
+from weightlab.files.foreign import read_json
 from weightlab.networks.made import network_of
 from weightlab.ops.operands import reading
 from weightlab.twin.folder import HEADER, open_twin
@@ -92,10 +92,7 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         raise MissingInputError(
             f"{model}: no folder with a config.json", "name the network with --model MODULE:FUNCTION"
         )
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: no JSON: {error}", "get the file again") from error
+    described: dict[str, Any] = read_json(config, dict[str, Any], constants=True)
     if "architecture" in described and "architectures" not in described:  # as timm writes it
         return _of_timm(model, described, key)
     try:
