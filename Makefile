@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 WHEELS := .cache/wheels
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/weightlab demo --data $(WHEELS)
 
 test: lint $(WHEELS)/chgnet
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Of files that are wrong, with any seed: INPUTS=2000 FIRST=500000 are fewer, and others.
+INPUTS ?= 100000
+FIRST ?= 0
+fuzz: $(VENV)/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run $(INPUTS) --first $(FIRST) --workers $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -34,6 +34,10 @@ MAX_NAME = 255
 """Bytes of a file's name, as the usual file systems have it."""
 
 _AGAIN = "get the file again, or mend it"
+# The parser of YAML lets slips of its own through: of empty numbers, dates, and keys that are lists.
+_YAML_ERRORS = (
+    *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError),
+)
 
 
 @overload
@@ -113,14 +117,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_yaml(path: Path, schema: Any, *, limit: int = 2**20, error: Error = MalformedFileError) -> Any:
+def read_yaml(path: Path, schema: Any, *, limit: int = 2**18, error: Error = MalformedFileError) -> Any:
     """Reads a YAML file, as `read_json` does JSON; aliases, which let a small file grow, are refused."""
     text = read_bytes(path, limit=limit, error=error)
     try:
         tree = yaml.load(text.decode("utf-8"), _PlainLoader)
         check_depth(tree)
-    # The parser lets slips of its own through: of numbers, dates and unhashable keys.
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as cause:
+    except _YAML_ERRORS as cause:
         raise error(f"{path}: not proper YAML: {_short(cause)}", _AGAIN) from cause
     return validated(tree, schema, str(path), error=error)
 
@@ -195,7 +198,7 @@ def check_depth(tree: Any, limit: int = MAX_DEPTH) -> None:
     ValueError: lists and mappings lie in one another deeper than that.
     """
     level: list[Any] = [tree]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             inner
             for value in level
