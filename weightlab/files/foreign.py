@@ -175,7 +175,7 @@ def validated(tree: Any, schema: Any, where: str, *, error: Error = MalformedFil
         MalformedFileError: lists every place with what was expected.
     """
     try:
-        return _adapter(schema).validate_python(tree)
+        return _adapter(schema).validate_python(tree, strict=True)
     except ValidationError as cause:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {_expected(e)}" for e in cause.errors()]
         raise error(f"{where}: not as it should be", _AGAIN, wrong) from cause

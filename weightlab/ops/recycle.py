@@ -107,10 +107,12 @@ def read_plan(path: Path) -> Plan:
 
     Raises:
         MissingInputError, MalformedFileError: it is no plan; all that is wrong is listed.
-        UsageError: the command lacks a placeholder, or no shell could read it.
+        UsageError: the command lacks a placeholder, or no shell could read it; one folder for two purposes.
     """
     plan: Plan = read_yaml(path, Plan)
     plain_names([plan.work, plan.result], f"{path}: work and result")
+    if plan.work == plan.result:
+        raise UsageError(f"{path}: work and result are one folder, {plan.work!r}", "give each its own")
     words(plan)
     lacking = [place for place in (_START, _OUT) if place not in plan.train]
     if lacking:
