@@ -10,7 +10,6 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from weightlab.errors import InputError, MalformedFileError, MissingInputError
-from weightlab.files import foreign
 from weightlab.files.foreign import (
     is_file,
     is_plain_name,
@@ -52,6 +51,7 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
     assert read_json(path) == {"name": "é", "counts": [1, 2]}
     assert read_json(path, dict[str, Any])["counts"] == [1, 2]
     assert parse_json(b"3", "here", int) == 3
+    assert parse_json(b'["\\ud83d\\ude00", "\\\\ud800"]', "here") == ["\U0001f600", "\\ud800"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,8 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
         (b"[-Infinity]", "-Infinity is not a number of JSON"),
         (b"9" * 5000, "4300"),
         (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b'["\\ud800"]', "surrogates not allowed"),
+        (b'{"\\uDC00\\uD83D": 1}', "surrogates not allowed"),
         (b"[" * 100_000, "maximum recursion depth"),
         (b'{"a":' * 100_000, "maximum recursion depth"),
     ],
@@ -127,7 +129,7 @@ def test_a_file_that_grows_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
             more.write(b" " * 4)
         return real(fd, size)
 
-    monkeypatch.setattr(foreign.os, "read", growing)
+    monkeypatch.setattr(os, "read", growing)
     assert "more than 5 bytes" in refused(path, limit=5).message
 
 
@@ -210,14 +212,34 @@ def test_text(tmp_path: Path) -> None:
         read_text(saved(tmp_path, b"\xff"))
 
 
-@pytest.mark.parametrize("name", ["a", "a b", ".hidden", "x" * 255, "é" * 127, "model-00001-of-00002.safetensors", "-rf"])
+@pytest.mark.parametrize(
+    "name", ["a", "a b", ".hidden", "x" * 255, "é" * 127, "model-00001-of-00002.safetensors", "-rf"]
+)
 def test_plain_names(name: str) -> None:
     assert plain_name(name, "here") == name
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "/", "/a", "a/b", "../a", "a\\b", "a\0b", "a\nb", "\x1b[2J", "x" * 256, "é" * 128, "\ud800", 3, None, ["a"]],
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "/a",
+        "a/b",
+        "../a",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "\x1b[2J",
+        "x" * 256,
+        "é" * 128,
+        "\ud800",
+        3,
+        None,
+        ["a"],
+    ],
 )
 def test_names_that_are_not_plain(name: object) -> None:
     assert not is_plain_name(name)

@@ -145,7 +145,9 @@ def _changed(tree: Any, random: Random) -> Any:
     elif choice < 0.88 and isinstance(at, dict):
         at[_TWICE + key] = random.choice([value, None, 1])
     elif choice < 0.94 and isinstance(value, int | float):
-        at[key] = random.choice([value + 1, value - 1, -value, value * 2, value * 10**6, float(value)])
+        at[key] = random.choice(
+            [value + 1, value - 1, -value, value * 2, value * 10**6, value * 0.5 if abs(value) < 2**64 else 0.5]
+        )
     elif isinstance(value, str):
         at[key] = random.choice([value + "x", value[:-1], value * 40, value.upper(), f"../{value}", f"{value}\0"])
     else:

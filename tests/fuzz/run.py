@@ -1,7 +1,7 @@
 """Many mutated inputs in several processes; prints counts by kind, and each finding with what reproduces it.
 
-    python -m tests.fuzz.run 100000
-    python -m tests.fuzz.run --kind LoRA --seed 1234     (one input, with its traceback)
+python -m tests.fuzz.run 100000
+python -m tests.fuzz.run --kind LoRA --seed 1234     (one input, with its traceback)
 """
 
 from __future__ import annotations

@@ -14,9 +14,18 @@ from tests.fuzz.kinds import kind
 from tests.fuzz.mutations import of_json, of_safetensors
 
 LLAMA = {
-    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 12},
-    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8},
-    **{"tie_word_embeddings": False, "torch_dtype": "float32", "eos_token_id": 2, "rms_norm_eps": 1e-6},
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 8,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-6,
 }
 
 

@@ -22,7 +22,9 @@ def _readers(name: str) -> dict[str, Reader]:
         "apply": lambda d: wl.apply(d / "base", d / name, out=d / "out"),
         "apply in place": lambda d: wl.remove(wl.apply(d / "base", d / name, in_place=True).model, everything=True),
         "apply in memory": lambda d: wl.apply(state(1), d / name),
-        "compose": lambda d: wl.compose([d / name, d / "other.safetensors"], d / "composed.safetensors", base=d / "base", encode="dense"),
+        "compose": lambda d: wl.compose(
+            [d / name, d / "other.safetensors"], d / "composed.safetensors", base=d / "base", encode="dense"
+        ),
         "compare": lambda d: wl.compare([d / name, d / "other.safetensors"], base=d / "base"),
         "save": lambda d: (0.5 * wl.open_patch(d / name)).save(d / "saved"),
         "export": lambda d: wl.lora_export(d / name, d / "lora", model=d / "base", rank=1),
@@ -40,8 +42,12 @@ def _made(folder: Path, encode: str, name: str) -> None:
 
 
 ENCODINGS = {
-    **{"exact": "exact", "dense": "dense:bf16", "sparse": "sparse:0.3"},
-    **{"low_rank": "low_rank:2", "sign": "sign", "quantized": "quantized:4"},
+    "exact": "exact",
+    "dense": "dense:bf16",
+    "sparse": "sparse:0.3",
+    "low_rank": "low_rank:2",
+    "sign": "sign",
+    "quantized": "quantized:4",
 }
 ONE_FILE = "patch.safetensors"
 for _name, _encode in ENCODINGS.items():

@@ -85,7 +85,9 @@ def _recipe(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
 
 
-@kind("texts", {"texts.jsonl": of_lines}, {"read": lambda d: read_json_lines(d / "texts.jsonl", dict[str, str])}, share=1)
+@kind(
+    "texts", {"texts.jsonl": of_lines}, {"read": lambda d: read_json_lines(d / "texts.jsonl", dict[str, str])}, share=1
+)
 def _texts(folder: Path) -> None:
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{word} é"}) for word in WORDS) + "\n")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -34,10 +35,9 @@ MAX_NAME = 255
 """Bytes of a file's name, as the usual file systems have it."""
 
 _AGAIN = "get the file again, or mend it"
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
 # The parser of YAML lets slips of its own through: of empty numbers, dates, and keys that are lists.
-_YAML_ERRORS = (
-    *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError),
-)
+_YAML_ERRORS = (*(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError),)
 
 
 @overload
@@ -86,6 +86,7 @@ def parse_json(
     try:
         tree = strict_json(text if isinstance(text, str) else text.decode("utf-8"), constants=constants)
         check_depth(tree)
+        check_characters(text, tree)
     except (ValueError, RecursionError) as cause:  # a UnicodeDecodeError is a ValueError
         raise error(f"{where}: not proper JSON: {_short(cause)}", _AGAIN) from cause
     return tree if schema is None else validated(tree, schema, where, error=error)
@@ -209,6 +210,16 @@ def check_depth(tree: Any, limit: int = MAX_DEPTH) -> None:
         if not level:
             return
     raise ValueError(f"nested more than {limit} deep")
+
+
+def check_characters(text: bytes | str, tree: Any) -> None:
+    """Raises:
+    ValueError: texts hold halves of characters, which no file can hold. `text`: what the tree was read from.
+    """
+    if isinstance(text, str):
+        text = text.encode()
+    if _HALVES.search(text):
+        json.dumps(tree, ensure_ascii=False).encode()  # pairs of them are whole characters
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
