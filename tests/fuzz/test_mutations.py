@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save
 
 from tests.fuzz import trial
-from tests.fuzz.kinds import Kind
+from tests.fuzz.kinds import Kind, Reader
 from tests.fuzz.mutations import Mutation, of_bytes, of_json, of_lines, of_safetensors, of_yaml
 from weightlab.errors import MalformedFileError
 
 TREE = json.dumps({"a": [1, {"b": "c"}], "d": json.dumps({"inner": [1, 2]}), "e": 0.5}).encode()
-SAMPLES = {of_bytes: TREE, of_json: TREE, of_lines: TREE + b"\n" + TREE, of_yaml: TREE}
+SAMPLES: dict[Mutation, bytes] = {of_bytes: TREE, of_json: TREE, of_lines: TREE + b"\n" + TREE, of_yaml: TREE}
 SAMPLES[of_safetensors] = save({"w": torch.ones(2, 3)}, {"k": TREE.decode()})
 
 
@@ -35,14 +35,14 @@ def test_keys_come_twice_and_texts_in_texts_are_changed() -> None:
     assert any(b'\\"inner\\"' in changed and b'\\"inner\\": [1, 2]' not in changed for changed in made)
 
 
-def _kind(reader: object) -> Kind:
+def _kind(reader: Reader) -> Kind:
     def make(folder: Path) -> None:
         (folder / "x").write_bytes(TREE)
 
     return Kind("made up", make, {"x": of_bytes}, {"read": reader})
 
 
-def _fails(error: BaseException) -> object:
+def _fails(error: BaseException) -> Reader:
     def read(folder: Path) -> None:
         if (folder / "x").read_bytes() != TREE:
             raise error
@@ -50,7 +50,7 @@ def _fails(error: BaseException) -> object:
     return read
 
 
-def _outcome(reader: object) -> trial.Outcome:
+def _outcome(reader: Reader) -> trial.Outcome:
     fuzzer = trial.Fuzzer()
     try:
         return next(o for seed in range(20) if (o := fuzzer.trial(_kind(reader), seed)).result != "accepted")

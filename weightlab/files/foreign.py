@@ -110,6 +110,18 @@ def read_text(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFil
         raise error(f"{path}: no UTF-8: {_short(cause)}", _AGAIN) from cause
 
 
+def require_path(path: str | os.PathLike[str]) -> None:
+    """Raises:
+    MissingInputError: no file can be called so: the name is too long, holds a NUL, or leads round in links.
+    """
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as cause:
+        if isinstance(cause, OSError) and cause.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            return  # whoever opens it says what is wrong
+        raise MissingInputError(f"{str(path)[:300]}: {_reason(cause)}", "check the path") from cause
+
+
 def is_file(path: Path) -> bool:
     """Whether a plain file is there; no, and no error, for a name that no file can have (too long, with a NUL)."""
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from weightlab.adapters.reading import Network, is_adapter
 from weightlab.errors import IntegrityError, MissingInputError, UsageError
 from weightlab.extract.adapter import adapter_patch
+from weightlab.files.foreign import require_path
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import network_in
 from weightlab.patches.patch import Patch, is_patch, open_patch
@@ -39,6 +40,7 @@ def model_path(operand: PathLike) -> Path:
         MissingInputError: nothing is there, or it is a name on the Hub.
     """
     text = os.fspath(operand)
+    require_path(text)
     path = Path(text)
     # In the middle of a change the file has another name; whether that is under way or was broken off, the lock tells.
     if path.exists() or pending(folder_of(path)) or path.exists():
@@ -104,6 +106,7 @@ def parse_patch(text: str) -> tuple[str, float | None]:
     Raises:
         UsageError: `hf://org/name@NUMBER`, where the number could be a revision.
     """
+    require_path(text)
     if Path(text).exists():
         return text, None
     head, sign, tail = text.rpartition("@")
