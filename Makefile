@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 WHEELS := .cache/wheels
 
-.PHONY: demo test mutants lint clean
+.PHONY: demo test mutants fuzz lint clean
 
 demo: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/weightlab demo --data $(WHEELS)
@@ -20,6 +20,12 @@ COUNT ?= 200
 SEED ?= 0
 mutants: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED) --workers $(WORKERS)
+
+# Of files that are wrong, with any seed: INPUTS=2000 FIRST=500000 are fewer, and others.
+INPUTS ?= 100000
+FIRST ?= 0
+fuzz: $(VENV)/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run $(INPUTS) --first $(FIRST) --workers $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

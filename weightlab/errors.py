@@ -21,13 +21,20 @@ class WeightlabError(Exception):
 
     def __init__(self, message: str, remedy: str = "", offenders: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.message = message
-        self.remedy = remedy
-        self.offenders = tuple(offenders)
+        self.message = _shown(message)
+        self.remedy = _shown(remedy)
+        self.offenders = tuple(map(_shown, offenders))
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {offender}" for offender in self.offenders)]
         return "\n".join([*lines, self.remedy] if self.remedy else lines)
+
+
+def _shown(text: str) -> str:
+    """A text that a terminal may get: names in files can hold what moves its cursor, and halves of characters."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(WeightlabError):

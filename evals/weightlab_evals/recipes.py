@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 import weightlab as wl
-from weightlab.errors import InputError, MissingInputError, UsageError
+from weightlab.errors import InputError, UsageError
 from weightlab.files.atomic import atomic_file
+from weightlab.files.foreign import read_json, read_yaml
 from weightlab.ops.recycle import read_plan, steps_of
 
 Say = Callable[[str], None]
@@ -102,17 +104,9 @@ def read_recipe(path: Path) -> TransferRecipe | RecycleRecipe:
     """Reads a recipe.
 
     Raises:
-        MissingInputError, InputError: it is none; all that is wrong is listed.
+        MissingInputError, MalformedFileError, InputError: it is none; all that is wrong is listed.
     """
-    if not path.is_file():
-        raise MissingInputError(f"{path}: no such file", "check the path")
-    try:
-        adapter: TypeAdapter[TransferRecipe | RecycleRecipe] = TypeAdapter(Recipe)
-        recipe = adapter.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        wrong = error.errors() if isinstance(error, ValidationError) else []
-        details = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong] or [str(error)]
-        raise InputError(f"{path}: no recipe", "compare it with those in manifests/", details) from error
+    recipe: TransferRecipe | RecycleRecipe = read_yaml(path, Recipe)
     if recipe.kind == "transfer":
         wanted = {"source_base", "source_tuned", "target_base"}
         lacking, unknown = wanted - recipe.models.keys(), recipe.models.keys() - wanted - {"target_tuned"}
@@ -246,8 +240,15 @@ def _scored(
     return found
 
 
+class _Scores(TypedDict):
+    """What was found, and how."""
+
+    conditions: dict[str, Any]
+    found: dict[str, float]
+
+
 def _kept(file: Path, conditions: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
-    if file.exists() and (known := json.loads(file.read_text()))["conditions"] == conditions:
+    if file.exists() and (known := read_json(file, _Scores))["conditions"] == conditions:
         return dict(known["found"])
     found = find()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 import weightlab as wl
 from tests.ops.test_apply_out import state
 from weightlab.errors import MissingInputError, UsageError
-from weightlab.ops.operands import label_of, open_patches, parse_patch
+from weightlab.ops.operands import label_of, model_path, open_patches, parse_patch
 
 
 @pytest.fixture
@@ -67,3 +67,11 @@ def test_what_is_not_there_says_what_to_do(place: Path) -> None:
     for patch in ("hf://org/name", "nowhere.safetensors", "p.safetensors@nan"):
         with pytest.raises(MissingInputError):
             wl.apply(state(), patch)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])
+def test_paths_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    for call in (model_path, open_patches):
+        with pytest.raises(MissingInputError) as failed:
+            call(f"{tmp_path}/{name}")
+        assert failed.value.exit_code == 3 and failed.value.message.isprintable()

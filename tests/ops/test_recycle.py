@@ -173,3 +173,48 @@ def test_links_in_the_places_of_a_plan_are_not_followed(plan: Path, name: str) -
     with pytest.raises(NotPatchableError, match="links"):
         wl.recycle(plan)
     assert [p.name for p in victim.iterdir()] == ["precious"] and not plan.with_name("log").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 20_000, b"", b"{", b"[]", b"bases: 2001-13-45", b"&a a: [*a]"])
+def test_what_is_no_plan(plan: Path, content: bytes) -> None:
+    plan.write_bytes(content)
+    with pytest.raises(MalformedFileError, match=r"plan\.yaml: ") as failed:
+        wl.recycle(plan)
+    assert failed.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [("x '{start} {out}", "No closing quotation"), ("x {start} {out} \0", "no command"), ("x {start}", "{out}")],
+)
+def test_a_command_that_none_can_run_is_refused_before_anything_is_done(plan: Path, train: str, what: str) -> None:
+    write(plan, train=train)
+    with pytest.raises(UsageError) as failed:
+        wl.recycle(plan, dry_run=True)
+    assert what in failed.value.message
+    with pytest.raises(UsageError):
+        wl.recycle(plan)
+    assert not plan.with_name("work").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "/tmp/x", "a/b", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("key", ["work", "result"])
+def test_work_and_result_lie_beside_the_plan(plan: Path, key: str, name: str) -> None:
+    write(plan, **{key: name})
+    with pytest.raises(MalformedFileError, match="not plain names"):
+        wl.recycle(plan)
+
+
+def test_work_and_result_are_two(plan: Path) -> None:
+    write(plan, work="same", result="same")
+    with pytest.raises(UsageError, match="'same'"):
+        wl.recycle(plan)
+
+
+@pytest.mark.parametrize("state", [b"{", b"[]", b"{}", b'{"plan": 3}', b"\xff", b"[" * 100_000])
+def test_a_state_that_is_damaged(plan: Path, state: bytes) -> None:
+    plan.with_name("work").mkdir()
+    (plan.with_name("work") / "plan.json").write_bytes(state)
+    with pytest.raises(MalformedFileError, match=r"plan\.json: "):
+        wl.recycle(plan)
+    assert sorted(p.name for p in plan.with_name("work").iterdir()) == ["plan.json"]

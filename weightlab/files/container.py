@@ -57,8 +57,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}", "check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise MissingInputError(f"{path}: {getattr(error, 'strerror', error)}", "check the path") from error
     try:
         size = os.fstat(fd).st_size
         raw = os.pread(fd, 8, 0)
@@ -109,7 +109,9 @@ def _entries(path: Path, tree: dict[str, Any], start: int, size: int) -> dict[st
             wrong.append(f"{name!r}: not a name (it is empty, or has control characters or half characters)")
             continue
         match value:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if (
+                not rest and type(begin) is int and type(end) is int
+            ):
                 pass
             case _:
                 wrong.append(f"{name}: not a description of a tensor")

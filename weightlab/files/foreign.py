@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -34,6 +35,9 @@ MAX_NAME = 255
 """Bytes of a file's name, as the usual file systems have it."""
 
 _AGAIN = "get the file again, or mend it"
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
+# The parser of YAML lets slips of its own through: of empty numbers, dates, and keys that are lists.
+_YAML_ERRORS = (*(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError),)
 
 
 @overload
@@ -82,19 +86,57 @@ def parse_json(
     try:
         tree = strict_json(text if isinstance(text, str) else text.decode("utf-8"), constants=constants)
         check_depth(tree)
+        check_characters(text, tree)
     except (ValueError, RecursionError) as cause:  # a UnicodeDecodeError is a ValueError
         raise error(f"{where}: not proper JSON: {_short(cause)}", _AGAIN) from cause
     return tree if schema is None else validated(tree, schema, where, error=error)
 
 
-def read_yaml(path: Path, schema: Any, *, limit: int = 2**20, error: Error = MalformedFileError) -> Any:
+def read_json_lines(path: Path, schema: type[T], *, limit: int = 2**30) -> list[T]:
+    """Reads JSON lines, of which each is of the declared type; empty ones are left out.
+
+    Raises:
+        MissingInputError, MalformedFileError: as for `read_json`; the first line that is wrong is named.
+    """
+    lines = read_text(path, limit=limit).split("\n")
+    return [parse_json(line, f"{path}, line {n}", schema) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_text(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFileError) -> str:
+    """The content of a plain file in UTF-8, as `read_bytes` reads it."""
+    try:
+        return read_bytes(path, limit=limit, error=error).decode("utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: no UTF-8: {_short(cause)}", _AGAIN) from cause
+
+
+def require_path(path: str | os.PathLike[str]) -> None:
+    """Raises:
+    MissingInputError: no file can be called so: the name is too long, holds a NUL, or leads round in links.
+    """
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as cause:
+        if isinstance(cause, OSError) and cause.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            return  # whoever opens it says what is wrong
+        raise MissingInputError(f"{str(path)[:300]}: {_reason(cause)}", "check the path") from cause
+
+
+def is_file(path: Path) -> bool:
+    """Whether a plain file is there; no, and no error, for a name that no file can have (too long, with a NUL)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_yaml(path: Path, schema: Any, *, limit: int = 2**18, error: Error = MalformedFileError) -> Any:
     """Reads a YAML file, as `read_json` does JSON; aliases, which let a small file grow, are refused."""
     text = read_bytes(path, limit=limit, error=error)
     try:
         tree = yaml.load(text.decode("utf-8"), _PlainLoader)
         check_depth(tree)
-    # The parser lets slips of its own through: of numbers, dates and unhashable keys.
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as cause:
+    except _YAML_ERRORS as cause:
         raise error(f"{path}: not proper YAML: {_short(cause)}", _AGAIN) from cause
     return validated(tree, schema, str(path), error=error)
 
@@ -146,7 +188,7 @@ def validated(tree: Any, schema: Any, where: str, *, error: Error = MalformedFil
         MalformedFileError: lists every place with what was expected.
     """
     try:
-        return _adapter(schema).validate_python(tree)
+        return _adapter(schema).validate_python(tree, strict=True)
     except ValidationError as cause:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {_expected(e)}" for e in cause.errors()]
         raise error(f"{where}: not as it should be", _AGAIN, wrong) from cause
@@ -169,7 +211,7 @@ def check_depth(tree: Any, limit: int = MAX_DEPTH) -> None:
     ValueError: lists and mappings lie in one another deeper than that.
     """
     level: list[Any] = [tree]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             inner
             for value in level
@@ -180,6 +222,16 @@ def check_depth(tree: Any, limit: int = MAX_DEPTH) -> None:
         if not level:
             return
     raise ValueError(f"nested more than {limit} deep")
+
+
+def check_characters(text: bytes | str, tree: Any) -> None:
+    """Raises:
+    ValueError: texts hold halves of characters, which no file can hold. `text`: what the tree was read from.
+    """
+    if isinstance(text, str):
+        text = text.encode()
+    if _HALVES.search(text):
+        json.dumps(tree, ensure_ascii=False).encode()  # pairs of them are whole characters
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightlab.errors import InputError, MisfitError
-from weightlab.networks.vocabulary import TOKENIZER_FILES, tokens_of
+from weightlab.errors import MisfitError
+from weightlab.files.foreign import read_bytes, read_json
+from weightlab.networks.vocabulary import TOKENIZER_BYTES, TOKENIZER_FILES, fast_tokenizer, tokens_of
 from weightlab.tensors.vocabulary import RowPlan
 
 _CONFIGS = ("config.json", "generation_config.json")
@@ -39,7 +40,7 @@ def carried(base: Path, tuned: Path, target: Path, plan: RowPlan | None) -> Carr
         plan: where rows of the vocabulary moved; None: ids are the same in all three.
 
     Raises:
-        InputError: a file is no JSON.
+        MalformedFileError: a file is no JSON, or no object of JSON.
         MisfitError: the tune's new tokens cannot be added to the target's tokenizer.
     """
     found = Carried()
@@ -71,8 +72,11 @@ def carried(base: Path, tuned: Path, target: Path, plan: RowPlan | None) -> Carr
 def _take(found: Carried, base: Path, tuned: Path, name: str) -> None:
     """A whole file, byte for byte, if the tune changed or added it."""
     mine = tuned / name
-    if mine.is_file() and (not (base / name).is_file() or mine.read_bytes() != (base / name).read_bytes()):
-        found.files[name] = mine.read_bytes()
+    if not mine.is_file():
+        return
+    content = read_bytes(mine, limit=TOKENIZER_BYTES)
+    if not (base / name).is_file() or content != read_bytes(base / name, limit=TOKENIZER_BYTES):
+        found.files[name] = content
         found.fields.append(name)
 
 
@@ -97,13 +101,8 @@ def _merge(found: Carried, target: Path, name: str, fields: Mapping[str, Any]) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON: {error}", "get the file again") from error
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = read_json(path, dict[str, Any], constants=True) if path.is_file() else {}
+    return found
 
 
 def _ids(tuned: Path, target: Path, plan: RowPlan | None) -> Callable[[Any], Any]:
@@ -134,9 +133,9 @@ def _with_tokens(tuned: Path, target: Path, plan: RowPlan) -> bytes:
             "give both with a tokenizer.json (save_pretrained of a fast tokenizer writes one)",
             sorted(plan.new),
         )
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    theirs, ours = (Tokenizer.from_file(str(file)) for file in files)
+    theirs, ours = fast_tokenizer(tuned), fast_tokenizer(target)
     known = {token.content: token for token in theirs.get_added_tokens_decoder().values()}
     for token in sorted(plan.new, key=plan.new.__getitem__):
         ours.add_tokens([known.get(token, AddedToken(token, normalized=False))])

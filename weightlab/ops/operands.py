@@ -16,6 +16,7 @@ from weightlab.adapters.opening import is_adapter
 from weightlab.adapters.reading import Network
 from weightlab.errors import IntegrityError, MissingInputError, UnknownNetworkError, UsageError, WeightlabError
 from weightlab.extract.adapter import ALL_OF_IT, AdapterOptions, adapter_patch
+from weightlab.files.foreign import require_path
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import NetworkOf
 from weightlab.patches.patch import Patch, is_patch, open_patch
@@ -40,6 +41,7 @@ def model_path(operand: PathLike) -> Path:
         MissingInputError: nothing is there, or it is a name on the Hub.
     """
     text = os.fspath(operand)
+    require_path(text)
     path = Path(text)
     # In the middle of a change the file has another name; whether that is under way or was broken off, the lock tells.
     if path.exists() or pending(folder_of(path)) or path.exists():
@@ -105,6 +107,7 @@ def parse_patch(text: str) -> tuple[str, float | None]:
     Raises:
         UsageError: `hf://org/name@NUMBER`, where the number could be a revision.
     """
+    require_path(text)
     if Path(text).exists():
         return text, None
     head, sign, tail = text.rpartition("@")

@@ -15,16 +15,15 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from weightlab.errors import InputError, MissingInputError, NotPatchableError, UsageError
+from weightlab.errors import InputError, NotPatchableError, UsageError
 from weightlab.files import disk
 from weightlab.files.atomic import atomic_file
 from weightlab.files.digest import bytes_digest
-from weightlab.files.foreign import plain_names
+from weightlab.files.foreign import plain_names, read_json, read_yaml
 from weightlab.files.temporary import clear_left
 from weightlab.ops.diff import diff
 from weightlab.ops.operands import model_path
@@ -48,7 +47,7 @@ class Plan(BaseModel):
         encode: how the differences are stored.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     bases: list[str] = Field(min_length=2)
     train: str
@@ -57,6 +56,15 @@ class Plan(BaseModel):
     algorithm: Literal["iterative", "direct"] = "iterative"
     scale: float = 1.0
     encode: str = "exact"
+
+
+class _Known(BaseModel):
+    """What the state in `work` says: which plan it belongs to, and its steps."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    plan: str
+    steps: list[Any] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +107,35 @@ def read_plan(path: Path) -> Plan:
     """Reads a plan and checks that its bases are there.
 
     Raises:
-        MissingInputError, InputError: it is no plan; all that is wrong is listed.
-        UsageError: the command lacks a placeholder.
+        MissingInputError, MalformedFileError: it is no plan; all that is wrong is listed.
+        UsageError: the command lacks a placeholder, or no shell could read it; one folder for two purposes.
     """
-    if not path.is_file():
-        raise MissingInputError(f"{path}: no such file", "check the path")
-    try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        wrong = error.errors() if isinstance(error, ValidationError) else []
-        details = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong] or [str(error)]
-        raise InputError(f"{path}: no plan for recycling", "see `weightlab recycle --help`", details) from error
+    plan: Plan = read_yaml(path, Plan)
+    plain_names([plan.work, plan.result], f"{path}: work and result")
+    if plan.work == plan.result:
+        raise UsageError(f"{path}: work and result are one folder, {plan.work!r}", "give each its own")
+    words(plan)
     lacking = [place for place in (_START, _OUT) if place not in plan.train]
     if lacking:
         raise UsageError(f"{path}: the command has no place for {' and '.join(lacking)}", f"train: {plan.train}")
     for base in plan.bases:
         model_path(path.parent / base)
     return plan
+
+
+def words(plan: Plan) -> list[str]:
+    """The user's command in words.
+
+    Raises:
+        UsageError: a quote is not closed, or no command can have such a word.
+    """
+    try:
+        found = shlex.split(plan.train)
+    except ValueError as error:
+        raise UsageError(f"train: {plan.train!r}: {error}", "write it as for a shell") from error
+    if not found or "\0" in plan.train:
+        raise UsageError(f"train: {plan.train!r}: no command", "write it as for a shell")
+    return found
 
 
 def recycle(
@@ -162,7 +182,7 @@ class _Run:
 
     def _check_place(self, dry_run: bool) -> None:
         state, last = self._work / _STATE, self._steps[-1]
-        ours = state.exists() and json.loads(state.read_text()).get("plan") == self._id
+        ours = state.exists() and read_json(state, _Known).plan == self._id
         if self._result.exists():
             if ours and not dry_run and not (self._work / last.name / "out").exists():
                 self._tidy(last)  # what a run left that was cut off just after its result had got its name
@@ -237,20 +257,20 @@ class _Run:
 
     def _train(self, start: Path, out: Path) -> None:
         _folder(out.parent)
-        words = self._words(start, out)
+        command = self._words(start, out)
         try:
-            ended = subprocess.run(words, cwd=self._home, check=False)
-        except OSError as error:
-            raise UsageError(f"{words[0]}: cannot be run: {error}", "check `train` in the plan") from error
+            ended = subprocess.run(command, cwd=self._home, check=False)
+        except (OSError, ValueError) as error:  # ValueError: half characters, which no command can have
+            raise UsageError(f"{command[0]}: cannot be run: {error}", "check `train` in the plan") from error
         if ended.returncode:
             raise InputError(
-                f"the command ended with {ended.returncode}: {shlex.join(words)}",
+                f"the command ended with {ended.returncode}: {shlex.join(command)}",
                 "mend it, and run the plan again: it goes on from here",
             )
         model_path(out)
 
     def _words(self, start: Path, out: Path) -> list[str]:
-        return [w.replace(_START, str(start)).replace(_OUT, str(out)) for w in shlex.split(self._plan.train)]
+        return [w.replace(_START, str(start)).replace(_OUT, str(out)) for w in words(self._plan)]
 
     def _base(self, index: int) -> Path:
         return self._home / self._plan.bases[index]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightlab.errors import MalformedFileError
 from weightlab.files.container import canonical_json
-from weightlab.files.foreign import strict_json
+from weightlab.files.foreign import parse_json
 from weightlab.tensors.match import extends_rows
 from weightlab.tensors.spec import DTYPES, TensorSpec
 
@@ -212,12 +212,7 @@ def parse_header(metadata: Mapping[str, str], where: str) -> PatchHeader:
     text = metadata.get(KEY)
     if text is None:
         raise MalformedFileError(f"{where}: is no patch (no {KEY!r} in its metadata)", "make one with `weightlab diff`")
-    try:
-        tree = strict_json(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedFileError(
-            f"{where}: its patch header is not proper JSON: {error}", "get the file again"
-        ) from error
+    tree = parse_json(text, f"{where}: its patch header")
     version = tree.get("schema") if isinstance(tree, dict) else None
     if version != SCHEMA or type(version) is not int:
         raise MalformedFileError(

@@ -6,16 +6,28 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from weightlab.encodings import ENCODINGS
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, UsageError
 from weightlab.files.container import Header
-from weightlab.files.foreign import strict_json
+from weightlab.files.foreign import is_file, plain_names, read_json
 from weightlab.patches.header import REMOVED, PatchHeader, Record
 from weightlab.patches.layout import INDEX_NAME, shard_name
 from weightlab.tensors.spec import TensorSpec
 
 _AGAIN = "get the patch again"
+
+
+class PatchIndex(BaseModel):
+    """What the index of a patch in shards says: {entry: file}, and which patch it is of."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] = {}
 
 
 def files_of(place: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
@@ -25,7 +37,7 @@ def files_of(place: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
         MissingInputError: nothing is there, or a file that the index names is missing.
         MalformedFileError: the index is not one.
     """
-    if place.is_file():
+    if is_file(place):
         return {place.name: place}, None
     if not place.is_dir():
         raise MissingInputError(f"{place}: no such patch", "check the path")
@@ -35,14 +47,8 @@ def files_of(place: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
         if not single.is_file():
             raise MissingInputError(f"{place}: holds no {single.name}", "check the path")
         return {single.name: single}, None
-    try:
-        weight_map = dict(strict_json(index.read_bytes())["weight_map"])
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MalformedFileError(f"{index}: not the index of a patch", _AGAIN) from error
-    outside = [repr(n) for n in names if not isinstance(n, str) or n in ("", ".", "..") or {"/", "\\", "\0"} & set(n)]
-    if outside:
-        raise MalformedFileError(f"{index}: points outside its folder", "do not use this file", outside)
+    weight_map = read_json(index, PatchIndex).weight_map
+    names = plain_names(sorted(set(weight_map.values())), str(index))
     if not names:
         raise MalformedFileError(f"{index}: names no file", _AGAIN)
     missing = [n for n in names if not (place / n).is_file()]

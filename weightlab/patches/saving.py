@@ -8,9 +8,10 @@ from pathlib import Path
 
 from weightlab.files import disk
 from weightlab.files.container import build_header, read_header
-from weightlab.files.foreign import strict_json
+from weightlab.files.foreign import read_json
 from weightlab.patches.header import KEY, PatchHeader, canonical, parse_header
 from weightlab.patches.layout import INDEX_NAME
+from weightlab.patches.opening import PatchIndex
 
 
 def copy_files(files: Mapping[Path, Path], header: PatchHeader, scale: float) -> None:
@@ -27,9 +28,9 @@ def copy_files(files: Mapping[Path, Path], header: PatchHeader, scale: float) ->
     identity = header.model_copy(update={"scale": scale}).id()
     for source, target in files.items():
         if source.name == INDEX_NAME and len(files) > 1:
-            index = strict_json(source.read_bytes())
-            index["metadata"]["weightlab_id"] = identity
-            _write(target, canonical(index).encode())
+            index = read_json(source, PatchIndex)
+            index.metadata["weightlab_id"] = identity
+            _write(target, canonical(index.model_dump()).encode())
         else:
             _copy_rescaled(source, target, scale, identity)
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key by which `layers.2` comes before `layers.10`."""
-    return tuple((0, int(t), "") if t.isdigit() else (1, 0, t) for t in _DIGITS.split(name) if t)
+    """A sort key by which `layers.2` comes before `layers.10`.
+
+    Numbers are compared by their lengths and digits: Python makes no int of more than 4,300 digits.
+    """
+    return tuple(_number(t) if "0" <= t[0] <= "9" else (1, 0, t) for t in _DIGITS.split(name) if t)
+
+
+def _number(digits: str) -> tuple[int, int, str]:
+    plain = digits.lstrip("0")
+    return 0, len(plain), plain
 
 
 def layer_of(name: str) -> str:

@@ -11,6 +11,9 @@ from weightlab_cli import options
 from weightlab_cli.options import Common
 from weightlab_cli.output import Output, size
 
+_TEXT_BYTES = 2**30
+"""That a file of samples may have."""
+
 
 @click.group()
 def command() -> None:
@@ -223,22 +226,14 @@ def _pairs(data: tuple[str, ...]) -> dict[str, str]:
 
 
 def _texts(path: str) -> list[str]:
-    import json
-
-    from weightlab.errors import MalformedFileError, MissingInputError
+    from weightlab.files.foreign import read_json_lines, read_text, validated
 
     file = Path(path)
-    if not file.is_file():
-        raise MissingInputError(f"{path}: no such file", "give a text file, or JSON lines")
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if file.suffix not in (".jsonl", ".json"):
-        return lines
-    try:
-        return [str(json.loads(line)["text"]) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MalformedFileError(
-            f"{path}: no JSON lines with `text`", "write one object a line", [str(error)]
-        ) from error
+        return [line for line in read_text(file, limit=_TEXT_BYTES).split("\n") if line.strip()]
+    lines = read_json_lines(file, dict[str, Any], limit=_TEXT_BYTES)
+    found: list[str] = validated([line.get("text") for line in lines], list[str], f"{path}: `text` of each line")
+    return found
 
 
 def _tokenizer(folder: str) -> Any:

@@ -95,7 +95,7 @@ def open_classifier(model: str, reference: str | None = None, key: str | None = 
         raise MissingInputError(
             f"{model}: no folder with a config.json", "name the network with --model MODULE:FUNCTION"
         )
-    described = read_json(config, dict[str, Any], limit=MAX_BYTES, constants=True)
+    described: dict[str, Any] = read_json(config, dict[str, Any], limit=MAX_BYTES, constants=True)
     if "architecture" in described and "architectures" not in described:  # as timm writes it
         return _of_timm(model, described, key)
     try:
