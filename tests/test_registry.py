@@ -78,4 +78,4 @@ def test_the_projects_own() -> None:
     from weightlab.sources import SOURCES
 
     assert ENCODINGS.names() == ["dense", "exact", "low_rank", "quantized", "sign", "sparse"]
-    assert SOURCES.names() == ["gguf", "local", "pickled"]
+    assert SOURCES.names() == ["gguf", "local", "parts", "pickled"]

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import TypedDict
 
 import weightlab as wl
 from weightlab.errors import InputError, UsageError
@@ -240,7 +239,7 @@ def _scored(
     return found
 
 
-class _Scores(TypedDict):
+class _Scores(_Strict):
     """What was found, and how."""
 
     conditions: dict[str, Any]
@@ -248,8 +247,8 @@ class _Scores(TypedDict):
 
 
 def _kept(file: Path, conditions: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
-    if file.exists() and (known := read_json(file, _Scores))["conditions"] == conditions:
-        return dict(known["found"])
+    if file.exists() and (known := read_json(file, _Scores)).conditions == conditions:
+        return dict(known.found)
     found = find()
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file, overwrite=True) as temporary:

@@ -82,6 +82,7 @@ def _adapter(folder: Path, alphas: dict[str, float]) -> None:
     }
     save_file(ones, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": alphas, "target_modules": ["q_proj"]}
+    config["fan_in_fan_out"] = False
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -132,7 +132,7 @@ def test_names_cannot_command_the_terminal(weightlab: Weightlab, raising: Callab
     name = "red\x1b[31m\nerror: forged\r\u202e\udc80"
     raising(MisfitError("wrong", "", [name]))
     assert weightlab("status", "x").err == "error: wrong\n  red\\x1b[31m\\nerror: forged\\r\\u202e\\udc80\n"
-    assert weightlab("status", "x", "--json").error["offenders"] == [name]
+    assert weightlab("status", "x", "--json").error["offenders"] == ["red\\x1b[31m\nerror: forged\\r\\u202e\\udc80"]
 
 
 def test_a_bug_is_called_one(weightlab: Weightlab, raising: Callable[[BaseException], None]) -> None:

@@ -198,7 +198,7 @@ def index_with(folder: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize("file", ["../patch-00001-of-00005.safetensors", "/etc/passwd", "..", "", "a\0b"])
 def test_an_index_that_points_outside(sharded: Path, file: str) -> None:
-    with pytest.raises(MalformedFileError, match="points outside its folder"):
+    with pytest.raises(MalformedFileError, match="not plain names"):
         open_patch(index_with(sharded, weight_map={"steps::delta": file}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from fractions import Fraction
+from functools import cache
 
 import hypothesis.strategies as st
 import numpy as np
@@ -148,14 +149,18 @@ def test_is_finite(dtype: torch.dtype) -> None:
     assert not is_finite(values)
 
 
-def nearest(value: Fraction, dtype: torch.dtype) -> set[float]:
-    """The elements of a dtype that are nearest to a value, by trying all of them."""
+@cache
+def finite_values(dtype: torch.dtype) -> list[float]:
+    """All finite elements of a dtype, in order."""
     every = torch.arange(2 ** (8 * dtype.itemsize), dtype=torch.int32)
-    every = every.to(torch.uint8).view(dtype) if dtype.itemsize == 1 else every.to(torch.int16).view(dtype)
-    held = every.double()
-    finite = sorted({float(v) for v in held[torch.isfinite(held)]})
-    place = bisect_left(finite, value)
-    around = finite[max(0, place - 1) : place + 1]
+    held = (every.to(torch.uint8) if dtype.itemsize == 1 else every.to(torch.int16)).view(dtype).double()
+    return sorted({float(v) for v in held[torch.isfinite(held)]})
+
+
+def nearest(value: Fraction, dtype: torch.dtype) -> set[float]:
+    """The elements of a dtype that are nearest to a value."""
+    place = bisect_left(finite_values(dtype), float(value))
+    around = finite_values(dtype)[max(0, place - 2) : place + 2]
     least = min(abs(Fraction(v) - value) for v in around)
     return {v for v in around if abs(Fraction(v) - value) == least}
 

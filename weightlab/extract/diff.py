@@ -81,7 +81,7 @@ class _Difference:
         self.jobs = [self._job(name, added=name in new) for name in kept]
         find_changed(self.jobs, options.resources)
         if not self.whole:
-            self._refuse_halves({*pairing.both, *pairing.added, *pairing.removed} - set(names))
+            self._refuse_halves({*self.base.specs, *self.tuned.specs} - set(names))
 
     def _refuse_halves(self, left: Collection[str]) -> None:
         """Raises:

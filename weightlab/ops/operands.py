@@ -20,7 +20,7 @@ from weightlab.files.foreign import require_path
 from weightlab.files.lock import folder_lock
 from weightlab.networks.made import NetworkOf
 from weightlab.patches.patch import Patch, is_patch, open_patch
-from weightlab.sources import Source, is_checkpoint, open_source
+from weightlab.sources import Source, has_model, open_source
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stack.guards import clean_view, folder_of
 from weightlab.stack.state import pending
@@ -235,7 +235,7 @@ def adapters_beside(*models: ModelLike) -> list[str]:
 
 def _has_adapter_beside(path: Path) -> bool:
     """Whether a folder holds a whole model and an adapter of PEFT."""
-    return (path / CONFIG).is_file() and is_checkpoint(path)
+    return (path / CONFIG).is_file() and has_model(path)
 
 
 def adapter_at(operand: PatchLike) -> Path | None:

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from weightlab.errors import InputError, MissingInputError
+from weightlab.errors import MissingInputError
 from weightlab.registry import Registry
-from weightlab.sources._choice import is_adapter_file
+from weightlab.sources._choice import has_model, is_adapter_file
 from weightlab.sources._training import is_training_file
 from weightlab.tensors.codes import Code
 from weightlab.tensors.spec import TensorSpec
@@ -20,8 +20,8 @@ __all__ = [
     "Source",
     "SourceKind",
     "cautions_of",
+    "has_model",
     "is_adapter_file",
-    "is_checkpoint",
     "is_training_file",
     "open_source",
 ]
@@ -64,14 +64,6 @@ class SourceKind(Protocol):
 
 
 SOURCES: Registry[SourceKind] = Registry("weightlab.sources", "SOURCE", "source")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether there is a checkpoint at that path which can be told from all else there."""
-    try:
-        return any(SOURCES.get(name).claims(path) for name in SOURCES.names())
-    except InputError:
-        return False
 
 
 def open_source(path: Path, key: str | None = None) -> Source:

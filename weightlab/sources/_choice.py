@@ -77,6 +77,13 @@ def pickle_in(folder: Path) -> Path | None:
     return _only(folder, found)
 
 
+def has_model(folder: Path) -> bool:
+    """Whether a folder holds weights that by their names are a whole model: a usual name, shards, or an index."""
+    usual = {f"{name}{end}" for end in (INDEX_SUFFIX, SUFFIX) for name in _USUAL} | set(_USUAL_PICKLES)
+    names = {name for name in _files(folder) if not is_adapter_file(name)}
+    return any(n in usual or n.endswith((INDEX_SUFFIX, PICKLE_INDEX)) or _is_one_of_several(n) for n in names)
+
+
 def _files(folder: Path) -> set[str]:
     try:
         names = os.listdir(folder)
