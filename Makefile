@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 WHEELS := .cache/wheels
 
-.PHONY: demo test mutants fuzz lint clean
+.PHONY: demo test torture mutants fuzz lint clean
 
 demo: $(VENV)/installed $(WHEELS)/chgnet
 	$(BIN)/weightlab demo --data $(WHEELS)
 
 test: lint $(WHEELS)/chgnet
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# All of what `make test` tries seeded parts of: kills, leftovers, swapped links, spoiled folders.
+torture: $(VENV)/installed $(WHEELS)/chgnet
+	WEIGHTLAB_TORTURE=1 $(BIN)/python -m pytest -n $(WORKERS) tests/stack tests/hostile tests/ops/test_recycle_killed.py
 
 # Whether the tests notice changes of single places in the library, as many as COUNT says, drawn by SEED.
 COUNT ?= 200
