@@ -14,6 +14,7 @@ import torch
 import weightlab as wl
 from tests.patches.tools import changed, make, overwrite, place_of, state
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, NotPatchableError, UsageError
+from weightlab.files import foreign
 from weightlab.patches import layout
 from weightlab.patches.patch import is_patch, open_patch
 from weightlab.stream.executor import Resources
@@ -271,3 +272,14 @@ def test_the_same_shard_twice(sharded: Path) -> None:
     changed(sorted(sharded.glob("*.safetensors"))[1], lambda container, header: header["shard"].update(index=0))
     with pytest.raises(IntegrityError, match="not the shards of one patch"):
         open_patch(sharded)
+
+
+def test_an_index_may_be_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a patch of 400,000 tensors has 70 MB: more than any other JSON file that is read."""
+    monkeypatch.setattr(layout, "SHARD_BYTES", 200)
+    base = {f"{i}.weight": torch.zeros(8, 8) for i in range(4)}
+    patch = wl.diff(base, {n: t + 1 for n, t in base.items()}, tmp_path / "p", encode="dense")
+    index = tmp_path / "p" / "patch.safetensors.index.json"
+    index.write_bytes(index.read_bytes() + b" " * (foreign.MAX_BYTES + 1))
+    assert open_patch(tmp_path / "p").id == patch.id
+    assert open_patch(tmp_path / "p").at(0.5).save(tmp_path / "q").scale == 0.5

@@ -28,7 +28,9 @@ T = TypeVar("T")
 Error = type[WeightlabError]
 
 MAX_BYTES = 64 * 2**20
-"""Largest JSON file that is read: tokenizers have tens of megabytes, indexes of 400,000 tensors about as much."""
+"""Largest JSON file that is read where nothing else is said: tokenizers have tens of megabytes."""
+MAX_INDEX = 2**29
+"""Largest index: a patch of 400,000 tensors has one of 70 megabytes."""
 MAX_DEPTH = 64
 """Deepest nesting that is read; configurations of models have at most about ten levels."""
 MAX_NAME = 255

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from weightlab.encodings import ENCODINGS
 from weightlab.errors import IntegrityError, MalformedFileError, MissingInputError, UsageError
 from weightlab.files.container import Header
-from weightlab.files.foreign import is_file, plain_names, read_json
+from weightlab.files.foreign import MAX_INDEX, is_file, plain_names, read_json
 from weightlab.patches.header import REMOVED, PatchHeader, Record
 from weightlab.patches.layout import INDEX_NAME, shard_name
 from weightlab.tensors.spec import TensorSpec
@@ -47,7 +47,7 @@ def files_of(place: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
         if not single.is_file():
             raise MissingInputError(f"{place}: holds no {single.name}", "check the path")
         return {single.name: single}, None
-    weight_map = read_json(index, PatchIndex).weight_map
+    weight_map = read_json(index, PatchIndex, limit=MAX_INDEX).weight_map
     names = plain_names(sorted(set(weight_map.values())), str(index))
     if not names:
         raise MalformedFileError(f"{index}: names no file", _AGAIN)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightlab.files import disk
 from weightlab.files.container import build_header, read_header
-from weightlab.files.foreign import read_json
+from weightlab.files.foreign import MAX_INDEX, read_json
 from weightlab.patches.header import KEY, PatchHeader, canonical, parse_header
 from weightlab.patches.layout import INDEX_NAME
 from weightlab.patches.opening import PatchIndex
@@ -28,7 +28,7 @@ def copy_files(files: Mapping[Path, Path], header: PatchHeader, scale: float) ->
     identity = header.model_copy(update={"scale": scale}).id()
     for source, target in files.items():
         if source.name == INDEX_NAME and len(files) > 1:
-            index = read_json(source, PatchIndex)
+            index = read_json(source, PatchIndex, limit=MAX_INDEX)
             index.metadata["weightlab_id"] = identity
             _write(target, canonical(index.model_dump()).encode())
         else:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from weightlab.errors import InputError, MalformedFileError
 from weightlab.files.container import Header
-from weightlab.files.foreign import is_plain_name, read_json
+from weightlab.files.foreign import MAX_INDEX, is_plain_name, read_json
 
 # Heads and embeddings that a configuration ties: whoever writes the tensor once may list it twice.
 _TIED = (
@@ -53,7 +53,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         MalformedFileError: it is no index, names no tensor, or points outside its folder.
     """
-    index = read_json(path, _Index)
+    index = read_json(path, _Index, limit=MAX_INDEX)
     outside = sorted({repr(file)[:80] for file in index.weight_map.values() if not is_plain_name(file)})
     if outside:
         raise MalformedFileError(f"{path}: points outside its folder", "do not use this file", outside)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsupportedFormatError
-from weightlab.files.foreign import plain_names, read_json
+from weightlab.files.foreign import MAX_INDEX, plain_names, read_json
 from weightlab.sources._choice import PICKLE_INDEX, PICKLES, pickle_in
 from weightlab.sources._quantised import caution, codes_in, opaque_names, read_config
 from weightlab.sources._torch_file import TorchFile, Unreadable, is_tensor
@@ -260,7 +260,7 @@ def _kind(value: Any) -> str:
 
 
 def _load_shards(anchor: Path) -> tuple[dict[str, Tensor], list[str], tuple[str, ...]]:
-    weight_map = read_json(anchor, _Index).weight_map
+    weight_map = read_json(anchor, _Index, limit=MAX_INDEX).weight_map
     files = plain_names(sorted(set(weight_map.values())), str(anchor))
     missing = [f for f in files if not (anchor.parent / f).is_file()]
     if missing:
