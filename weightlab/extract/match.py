@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from weightlab.errors import NamesMismatchError
 from weightlab.patches.ties import Copies
@@ -11,7 +11,7 @@ from weightlab.sources.virtual.named import NamedSource
 from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.tensors.codes import require_same_form
 from weightlab.tensors.match import Pairing, pair
-from weightlab.tensors.naming import Renames, infer, norm_renames, remedy, resolve
+from weightlab.tensors.naming import Renames, infer, remedy, resolve, with_norms
 from weightlab.tensors.select import rename, select
 
 
@@ -43,22 +43,19 @@ def renamed(base: Source, tuned: Source, renames: Renames | None) -> tuple[Sourc
     """The tuned checkpoint under the base's names, and the renaming that it took.
 
     LayerNorm's gamma and beta against weight and bias are one parameter to every loader, so that they are always paired
-    up where names of the user's own do not say otherwise.
+    up, also beside a renaming of the user's own: both spellings in one file are never meant.
 
     Raises:
         NamesMismatchError, UsageError: see `resolve` and `rename`.
     """
-    rules = resolve(tuned.specs, base.specs, renames)
-    if not rules:
-        lonely = {n: s for n, s in tuned.specs.items() if n not in base.specs}
-        rules = norm_renames(lonely, base.specs) if lonely else {}
-        if len(rules) and any(n in base.specs for n in _touched(tuned, rules)):
-            rules = {}
+    rules = with_norms(tuned.specs, base.specs, _checked(tuned, resolve(tuned.specs, base.specs, renames)))
     return (RenamedSource(tuned, rules) if rules else tuned), rules
 
 
-def _touched(source: Source, rules: Mapping[str, str]) -> list[str]:
-    return [old for old, new in rename([*source.specs], rules, idle=False).items() if old != new]
+def _checked(source: Source, rules: dict[str, str]) -> dict[str, str]:
+    """The rules, of which each must name a tensor, be it only an alias."""
+    rename([*source.specs, *source.aliases], rules)
+    return rules
 
 
 def match_sources(

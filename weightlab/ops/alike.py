@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 from weightlab.errors import MisfitError, NamesMismatchError
@@ -15,7 +15,7 @@ from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stack.guards import clean_view
 from weightlab.stream.executor import Resources
 from weightlab.tensors.codes import refusal, require_same_form
-from weightlab.tensors.naming import Renames, infer, remedy, resolve
+from weightlab.tensors.naming import Renames, infer, remedy, resolve, with_norms
 from weightlab.tensors.select import matches, rename, select
 
 Names = Mapping[str, tuple[str, ...]]
@@ -58,7 +58,8 @@ def shared_names(
     *others, real = sources
     for source in others:
         require_same_form(source, real)
-    rules = resolve(real.specs, others[0].specs, renames)
+    mapped = resolve(real.specs, others[0].specs, renames)
+    rules = with_norms(real.specs, others[0].specs, mapped)
     target = RenamedSource(real, rules) if rules else real
     own = {shown: name for name, shown in rename(real.specs, rules).items()}
     chosen = set(select([*real.specs], include, exclude))
@@ -72,7 +73,7 @@ def shared_names(
             for seen, stored in zip(used, mine, strict=True):
                 seen.add(stored or name)
             continue
-        if rules and not any(mine):
+        if mapped and not any(mine):
             continue
         lacking = [s.label for s, stored in zip(others, mine, strict=True) if stored is None]
         wrong += [f"{spec}: not in {label}" for label in lacking]
@@ -87,11 +88,12 @@ def shared_names(
         else:
             found[own[name]] = (*theirs, own[name])
     for source, seen in zip(others, used, strict=True):
-        extra = [n for n in source.specs if not include and not matches(n, exclude)]
+        target_names = _as_target(source, rules)
+        extra = [n for n in source.specs if _wanted({n, target_names.get(n, n)}, include, exclude)]
         extra = [n for n in extra if n not in seen and redundant_copy_of(source, n, seen) is None]
         wrong += [f"{source.specs[n]}: in {source.label}, not in {target.label}" for n in extra]
     if wrong:
-        hidden = [] if rules else infer(real.specs, others[0].specs)
+        hidden = [] if mapped else infer(real.specs, others[0].specs)
         if hidden and hidden[0].paired == min(len(real.specs), len(others[0].specs)):
             raise NamesMismatchError(
                 f"{real.label} has other names than {others[0].label}: {hidden[0].paired} tensors pair up by a "
@@ -105,6 +107,19 @@ def shared_names(
         )
     require_same(fixed, resources)
     return found
+
+
+def _as_target(source: Source, rules: Mapping[str, str]) -> dict[str, str]:
+    """{a source's name: what the target would call it}, as far as that can be told: filters are over those names."""
+    back = {new: old for old, new in rules.items() if new or not old.startswith(".")}
+    try:
+        return rename(source.specs, back, idle=False)
+    except NamesMismatchError:  # the way back is not one to one
+        return {}
+
+
+def _wanted(names: Collection[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    return (not include or any(matches(n, include) for n in names)) and not any(matches(n, exclude) for n in names)
 
 
 def require_same(fixed: Mapping[str, Sequence[tuple[Source, str]]], resources: Resources) -> None:

@@ -22,6 +22,7 @@ from weightlab.stack.guards import On
 from weightlab.stack.transaction import ChangeOptions, Links, change
 from weightlab.stream.executor import Resources
 from weightlab.tensors.naming import Renames
+from weightlab.tensors.naming import options as options_of
 from weightlab.tensors.select import patterns
 
 
@@ -134,6 +135,9 @@ def apply(
         grown = carry_vocabulary(model, Path(out), entries, listed(patches))
         done = write_out(model, Path(out), decide, key, options, grown.files, allow_growth=allow_growth)
         done.notes += grown.notes
+    if renames == "auto":
+        taken = [(name, entry.renames) for name, entry in entries if entry.renames]
+        done.notes += [f"{name}: names were mapped: {options_of(rules)}" for name, rules in taken]
     done.notes += [
         f"{name}: {entry.patch.header.notes}"
         for name, entry in entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,9 @@ from weightlab.sources.virtual.rows import RowsSource
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
-from weightlab.tensors.naming import Renames
-from weightlab.tensors.select import patterns
+from weightlab.tensors.naming import Renames, resolve, with_norms
+from weightlab.tensors.naming import options as typed
+from weightlab.tensors.select import patterns, rename, select
 from weightlab.tensors.spec import TensorSpec
 from weightlab.tensors.vocabulary import RowPlan
 
@@ -122,6 +123,8 @@ def transfer(
     model_path(source_tuned)
     with ExitStack() as stack:
         base, tuned, target = (clean_source(stack, path, wait, options.resources) for path in paths)
+        inferred = renames == "auto"
+        renames = resolve(target.specs, base.specs, renames)
         names = shared_names((base, tuned, target), options.resources, renames, patterns(include), patterns(exclude))
         folders = [path if path.is_dir() else None for path in paths]
         vocabulary = [n for n in vocabulary_tensors(folders[2], target.specs) if n in names]
@@ -134,6 +137,10 @@ def transfer(
         if plan is not None and moved:
             tokens = plan.matched + plan.left + len(plan.new)
             done.rows = RowCounts(moved, plan.matched, plan.new, plan.left, plan.dropped, plan.rows - tokens)
+        if inferred and renames:
+            done.notes.append(f"names of {target.label} were mapped: {typed(renames)}")
+        if renames:
+            done.notes += _alone(base, target, renames, select([*target.specs], include, exclude))
         done.notes += adapters_beside(source_base, source_tuned)
         done.kept = _integers(base, tuned, target, options.resources)
     if forecast and rows != "by-id":
@@ -194,6 +201,17 @@ def _patch(
         for n in names
     }
     return delta_patch(delta, {n: target.specs[n] for n in names}, after)
+
+
+def _alone(base: Source, target: Source, renames: Mapping[str, str], chosen: Sequence[str]) -> list[str]:
+    """A note on the chosen tensors of the target that the others have under no name."""
+    shown = rename(target.specs, with_norms(target.specs, base.specs, renames))
+    there = {*base.specs, *base.aliases, *target.aliases}
+    alone = [name for name in chosen if shown[name] not in there]
+    if not alone:
+        return []
+    few = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
+    return [f"{len(alone)} tensors of {target.label} stay as they are, as {base.label} has none such: {few}"]
 
 
 def _integers(base: Source, tuned: Source, target: Source, resources: Resources) -> list[str]:

@@ -14,7 +14,7 @@ from weightlab.patches.patch import Patch
 from weightlab.patches.ties import Copies
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal, separated, separation
-from weightlab.tensors.naming import infer, remedy
+from weightlab.tensors.naming import Found, infer, options, other_norm, remedy, with_norms
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -158,7 +158,28 @@ def fit(source: Source, entries: Sequence[StackEntry]) -> Fit:
         _settle(target_, undefined)
     if undefined:
         raise StackError("these patches exclude one another", "use one of them, or leave tensors out", undefined)
+    _refuse_two_spellings(source, result)
     return result
+
+
+def _refuse_two_spellings(source: Source, result: Fit) -> None:
+    """Raises:
+    NamesMismatchError: a norm's `weight` would come beside its `gamma`, of which a loader takes only one.
+    """
+    gone = {name for name, target in result.targets.items() if target.mode == "remove"}
+    stay = {*source.specs, *source.aliases} - gone
+    twice = {
+        name: other
+        for name, target in result.targets.items()
+        if target.mode == "add" and (other := other_norm(name)) in stay
+    }
+    if twice:
+        rules = {f".{'.'.join(n.split('.')[-2:])}": f".{'.'.join(str(o).split('.')[-2:])}" for n, o in twice.items()}
+        raise NamesMismatchError(
+            f"{source.label} has these norms under their other names, and both in one model are never meant",
+            f"take the difference again, with {options(rules)}",
+            [f"{name}: would be added beside {other}" for name, other in twice.items()],
+        )
 
 
 def _refuse_halves(source: Source, entry: StackEntry, targets: Mapping[str, str]) -> None:
@@ -205,9 +226,13 @@ def _tell_renaming(source: Source, entries: Sequence[StackEntry]) -> None:
     there = names_of(source)
     for entry in entries:
         expected = patch_names(entry.patch)
-        if entry.renames or expected.keys() <= there.keys():
+        if expected.keys() <= there.keys():
             continue
-        found = infer(expected, there)
+        found = infer(expected, there) if not entry.renames else []
+        if entry.renames:  # the user's own renaming, which the norms are still to be added to
+            rules = with_norms(expected, there, entry.renames)
+            shown = rename(expected, rules, idle=False).values()
+            found = [Found(rules, len(expected))] if rules != entry.renames and there.keys() >= {*shown} else []
         if found and found[0].paired == len(expected):
             raise NamesMismatchError(
                 f"{entry.patch.label} has other names than {source.label}: all {len(expected)} tensors pair up by a "

@@ -103,6 +103,43 @@ def norm_renames(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpe
     return rules
 
 
+def other_norm(name: str) -> str | None:
+    """The same parameter in the other spelling: LayerNorm's gamma for its weight, beta for bias; None for others."""
+    parent, dot, last = name.rpartition(".")
+    return f"{parent}.{_NORMS[last]}" if dot and last in _NORMS else None
+
+
+def with_norms(
+    given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], rules: Mapping[str, str]
+) -> dict[str, str]:
+    """`rules`, and norms' two spellings paired up, in exactly those modules of which `wanted` has the other only.
+
+    Raises:
+        NamesMismatchError: see `rename`.
+    """
+    shown = rename(given, rules, idle=False)
+    taken = set(shown.values())
+    norms: dict[str, str] = {}
+    for name, now in shown.items():
+        other = other_norm(now)
+        if other is None or now in wanted or other not in wanted or other in taken:
+            continue
+        if wanted[other].shape == given[name].shape:
+            norms[name] = other
+    if not norms:
+        return dict(rules)
+    goal = {**shown, **norms}
+    short = dict(rules)
+    for name, other in norms.items():
+        short["." + ".".join(shown[name].split(".")[-2:])] = "." + ".".join(other.split(".")[-2:])
+    if _renamed(given, short) == goal:
+        return short
+    inner = rename(given, {old: new for old, new in rules.items() if old.startswith(".")}, idle=False)
+    exact = {**rules, **{inner[name]: other for name, other in norms.items()}}
+    got = _renamed(given, exact) or {}
+    return exact | {inner[name]: goal[name] for name in given if got.get(name) != goal[name]}
+
+
 def options(renames: Mapping[str, str]) -> str:
     """What to type for a renaming."""
     return " ".join(f"--map {shlex.quote(f'{old}={new}')}" for old, new in sorted(renames.items()))
