@@ -17,8 +17,11 @@ from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract._adapter_places import Place, Places
 from weightlab.extract._added import ENCODING, stored_bits
 from weightlab.patches.layout import StoredTensor
+from weightlab.patches.fit import names_of
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal
+from weightlab.tensors.naming import Renames, resolve
+from weightlab.tensors.naming import options as options_of
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -30,14 +33,14 @@ class AdapterOptions:
 
     Attributes:
         include, exclude: globs over the model's tensor names; what is left out is neither needed nor checked.
-        renames: {old prefix: new prefix} from the adapter's names to the model's.
+        renames: {old: new} from the adapter's names to the model's, see `rename`; "auto" infers it.
         allow_added: whether tensors that the model lacks are added to it.
         experts_layout: how stacked experts lie in `lora_B`, whatever the configuration says.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    renames: Mapping[str, str] = field(default_factory=dict)
+    renames: Renames = field(default_factory=dict)
     allow_added: bool = False
     experts_layout: ExpertsLayout | None = None
 
@@ -247,8 +250,19 @@ def _is_there(change: Change, base: Source, spec: TensorSpec) -> bool:
     )
 
 
-def renamed(adapter: Adapter, renames: Mapping[str, str]) -> None:
-    """Puts the changes under the names that `--map` makes of them."""
+def renamed(adapter: Adapter, renames: Renames, base: Source | None) -> None:
+    """Puts the changes under the names that `--map` makes of them.
+
+    Raises:
+        NamesMismatchError, UsageError: see `resolve` and `rename`; "auto" goes by names alone, as a network may have a
+            tensor in another shape than its files.
+    """
+    if renames == "auto":
+        if base is None:
+            raise UsageError("--map auto needs the model's names", "name the model, or pass --map OLD=NEW")
+        given, wanted = ({n: TensorSpec(n, "F32", ()) for n in names} for names in (adapter.changes, names_of(base)))
+        renames = resolve(given, wanted, "auto") if given.keys() - wanted.keys() else {}
+        adapter.notes += [f"names were mapped: {options_of(renames)}"] if renames else []
     if renames:
         names = rename(adapter.changes, renames)
         adapter.changes = {names[name]: changes for name, changes in adapter.changes.items()}

@@ -50,12 +50,12 @@ def adapter_patch(folder: Path, base: Source | None, network: Network, options: 
     made = cache(network)
     if base is None:
         adapter = open_adapter(folder, None, made, lambda name: None, options.experts_layout)
-        renamed(adapter, options.renames)
+        renamed(adapter, options.renames, None)
         places, targets = None, targets_alone(adapter)
     else:
         places = Places(base, made)
         adapter = open_adapter(folder, base, made, places.shape, options.experts_layout)
-        renamed(adapter, options.renames)
+        renamed(adapter, options.renames, base)
         targets = targets_on(adapter, base, places, options)
         adapter.notes += filter(None, [other_base(adapter, base), additions(targets)])
     if not targets:

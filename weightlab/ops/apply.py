@@ -113,9 +113,8 @@ def apply(
     resources = resources or Resources()
     base = base_of(model, key=key, wait=wait, resources=resources)
     added = "added" in patterns(allow)
-    given = {} if renames is None or renames == "auto" else dict(renames)
-    adapters = AdapterOptions(patterns(include), patterns(exclude), given, added, experts_layout)
-    entries = entries_of(patches, base, adapters, infer_names=renames == "auto")
+    adapters = AdapterOptions(patterns(include), patterns(exclude), renames or {}, added, experts_layout)
+    entries = entries_of(patches, base, adapters)
     if isinstance(model, Mapping):
         if out is not None or in_place:
             raise UsageError("a state dict has no place on disk", "leave out `out` and `in_place`")

@@ -11,16 +11,11 @@ from weightlab.tensors.select import matches
 from weightlab.tensors.spec import TensorSpec
 
 
-def entries_of(
-    patches: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT, *, infer_names: bool = False
-) -> list[On]:
+def entries_of(patches: PatchesLike, base: Base = no_base, options: AdapterOptions = ALL_OF_IT) -> list[On]:
     """(what each is recorded as, the entry).
 
     Filters and renames choose among the tensors of a patch when it is put on. Of an adapter only what they leave
-    becomes a patch, under the model's names.
-
-    Args:
-        infer_names: whether the renaming of each patch, not of an adapter, is inferred from its names and the model's.
+    becomes a patch, under the model's names. Renames that are to be inferred are, for each by itself.
 
     Raises:
         NamesMismatchError: see `resolve`.
@@ -28,20 +23,24 @@ def entries_of(
     """
     operands = listed(patches)
     opened = open_patches(operands, base, options)
-    chosen = (options.include, options.exclude, dict(options.renames))
-    kept = _beside(base, options.exclude) if any(adapter_at(operand) for operand in operands) else ()
+    adapters = [adapter_at(operand) is not None for operand in operands]
+    kept = _beside(base, options.exclude) if any(adapters) else ()
     model: dict[str, TensorSpec] = {}
-    if infer_names:
+    if options.renames == "auto" and not all(adapters):
         with base() as (source, _):
             model = {} if source is None else names_of(source)
     found: list[On] = []
-    for operand, patch in zip(operands, opened, strict=True):
-        filters = chosen
-        if adapter_at(operand) is not None:  # what is left: a copy of a tied tensor that would follow
-            filters = ((), tuple(e for e in kept if not any(matches(name, [e]) for name in patch.records)), {})
-        elif infer_names:
-            filters = (options.include, options.exclude, resolve(patch_names(patch), model, "auto"))
-        found.append((label_of(operand, patch), StackEntry(patch, patch.exact_scale, *filters)))
+    for operand, patch, adapter in zip(operands, opened, adapters, strict=True):
+        if adapter:  # what is left: a copy of a tied tensor that would follow
+            left = tuple(e for e in kept if not any(matches(name, [e]) for name in patch.records))
+            entry = StackEntry(patch, patch.exact_scale, (), left)
+        else:
+            rules = options.renames
+            if rules == "auto":
+                names = patch_names(patch)
+                rules = resolve(names, model, "auto") if names.keys() - model.keys() else {}
+            entry = StackEntry(patch, patch.exact_scale, options.include, options.exclude, dict(rules))
+        found.append((label_of(operand, patch), entry))
     return found
 
 

@@ -24,6 +24,7 @@ from weightlab.sources import Source
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources, run
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.select import patterns
 from weightlab.tensors.tiles import tiles
 from weightlab.tensors.workspace import Workspace
@@ -41,7 +42,7 @@ class PatchStack:
     Args:
         module: patches go by the names of its checkpoint's files, which for modules of transformers are mapped to the
             module's; for others they are the names of its state dict.
-        renames: {old prefix: new prefix} from the patches' tensor names to those.
+        renames: {old: new} from the patches' tensor names to those, see `weightlab.apply`; "auto" infers it.
         include, exclude: globs over those names.
 
     Raises:
@@ -52,7 +53,7 @@ class PatchStack:
         self,
         module: nn.Module,
         *,
-        renames: Mapping[str, str] | None = None,
+        renames: Renames | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         allow_nonfinite: bool = False,
@@ -61,7 +62,7 @@ class PatchStack:
         if module in _in_use:
             raise StackError("another stack of patches is on this module", "add to that one, or close it first")
         self._module = module
-        self._options = AdapterOptions(patterns(include), patterns(exclude), dict(renames or {}))
+        self._options = AdapterOptions(patterns(include), patterns(exclude), renames or {})
         self._allow, self._resources = allow_nonfinite, resources or Resources()
         self._entries: list[StackEntry] = []
         self._clean: dict[str, Tensor] = {}
@@ -199,7 +200,7 @@ def patched(
     module: nn.Module,
     patches: PatchesLike = (),
     *,
-    renames: Mapping[str, str] | None = None,
+    renames: Renames | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_nonfinite: bool = False,
