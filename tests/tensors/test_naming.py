@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weightlab.errors import NamesMismatchError
-from weightlab.tensors.naming import infer, norm_renames, options, resolve
+from weightlab.tensors.naming import Found, infer, norm_renames, options, remedy, resolve, with_norms
 from weightlab.tensors.select import rename
 from weightlab.tensors.spec import TensorSpec
 
@@ -89,3 +89,40 @@ def test_equal_and_unrelated_names_need_none() -> None:
 
 def test_what_to_type() -> None:
     assert options({"module.": "", "": "x."}) == "--map =x. --map module.="
+
+
+def test_wrappers_in_the_middle_of_the_other_names() -> None:
+    wrapped = "_fsdp_wrapped_module"
+    there = {
+        m: TensorSpec(m, s.dtype, s.shape)
+        for n, s in PLAIN.items()
+        for m in [n.replace("model.layers.1.", f"model.layers.1.{wrapped}.")]
+    }
+    (found,) = infer(PLAIN, there)
+    assert found.renames == {"model.layers.1.": f"model.layers.1.{wrapped}."} and found.paired == len(PLAIN)
+    assert set(rename(PLAIN, found.renames).values()) == set(there)
+
+
+def test_many_renamings_are_not_listed() -> None:
+    many = {f"layers.{i}.": f"layers.{i}._checkpoint_wrapped_module." for i in range(40)}
+    assert remedy([Found(many, 40)]).startswith("pass --map auto, which is 40 renamings such as --map layers.0.=")
+
+
+def test_norms_are_paired_up_module_by_module() -> None:
+    """One module of the two has the other spelling: a rule for all of that name would part the other."""
+    given = specs("a.LayerNorm.weight", "b.LayerNorm.weight", "b.LayerNorm.bias")
+    wanted = specs("a.LayerNorm.weight", "b.LayerNorm.gamma", "b.LayerNorm.beta")
+    rules = with_norms(given, wanted, {})
+    assert rename(given, rules) == {
+        "a.LayerNorm.weight": "a.LayerNorm.weight",
+        "b.LayerNorm.weight": "b.LayerNorm.gamma",
+        "b.LayerNorm.bias": "b.LayerNorm.beta",
+    }
+    beside = with_norms(put_before(given, "module."), wanted, {"module.": ""})
+    assert list(rename(put_before(given, "module."), beside).values()) == list(wanted)
+    assert with_norms(given, given, {}) == {}
+
+
+def test_a_norm_of_which_both_spellings_are_there_is_left() -> None:
+    given = specs("a.LayerNorm.weight", "a.LayerNorm.gamma")
+    assert with_norms(given, specs("a.LayerNorm.gamma"), {}) == {}

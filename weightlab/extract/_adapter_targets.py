@@ -16,8 +16,8 @@ from weightlab.adapters.reading import Adapter, fp32
 from weightlab.errors import NamesMismatchError, UsageError
 from weightlab.extract._adapter_places import Place, Places
 from weightlab.extract._added import ENCODING, stored_bits
-from weightlab.patches.layout import StoredTensor
 from weightlab.patches.fit import names_of
+from weightlab.patches.layout import StoredTensor
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal
 from weightlab.tensors.naming import Renames, resolve

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightlab.errors import UsageError
+from weightlab.extract.adapter import AdapterOptions
 from weightlab.ops.moments import Moments, moments
+from weightlab.ops.naming import told, under_patch_names
 from weightlab.ops.operands import (
     ModelLike,
     PathLike,
+    adapter_at,
     adapters_beside,
     base_of,
     model_path,
@@ -26,6 +29,7 @@ from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source, cautions_of
 from weightlab.stream.executor import Resources
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.order import layer_of, natural_key
 from weightlab.tensors.spec import TensorSpec
 
@@ -91,6 +95,7 @@ def inspect(
     path: PathLike | Patch,
     *,
     base: ModelLike | None = None,
+    renames: Renames | None = None,
     key: str | None = None,
     norms: bool = True,
     wait: float = 0.0,
@@ -100,6 +105,7 @@ def inspect(
 
     Args:
         base: for a patch: its base. Gives norms relative to the weights, and those of exact patches.
+        renames: {old: new} from the patch's tensor names to the base's, see `rename`; "auto" infers it.
         norms: read the tensors; without, headers only.
 
     Raises:
@@ -107,9 +113,16 @@ def inspect(
     """
     resources = resources or Resources()
     if names_patch(path):
-        (patch,) = open_patches(path, base_of(base, key=key, wait=wait, resources=resources))
-        return _patch(patch, base, key, norms, wait, resources)
+        options = AdapterOptions(renames=renames or {})
+        (patch,) = open_patches(path, base_of(base, key=key, wait=wait, resources=resources), options)
+        if renames and base is None:
+            raise UsageError("--map is from a patch's names to its base's", "give --base")
+        # An adapter that was opened with its base has the base's names.
+        renames = None if adapter_at(path) is not None else renames
+        return _patch(patch, base, renames, key, norms, wait, resources)
     assert not isinstance(path, Patch)
+    if renames:
+        raise UsageError(f"{path} is a checkpoint, and --map is for a patch", "leave it out")
     if base is not None and model_path(path):
         raise UsageError(
             f"{path} is a checkpoint, and --base is for a patch", "take a difference with `weightlab diff`"
@@ -134,7 +147,13 @@ def codes_note(source: Source) -> str:
 
 
 def _patch(
-    patch: Patch, base: ModelLike | None, key: str | None, norms: bool, wait: float, resources: Resources
+    patch: Patch,
+    base: ModelLike | None,
+    renames: Renames | None,
+    key: str | None,
+    norms: bool,
+    wait: float,
+    resources: Resources,
 ) -> Inspection:
     names = sorted(patch.records, key=natural_key)
     specs = {n: patch.records[n].spec(n) for n in names}
@@ -144,6 +163,8 @@ def _patch(
     with ExitStack() as stack:
         source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
         if source is not None:
+            source, taken = under_patch_names(source, patch, renames)
+            notes += told(taken if renames == "auto" else {})
             check_bases(source, fit(source, [StackEntry(patch, 1.0)]).targets.values(), resources)
         summable = [n for n in names if has_delta(patch, n, source)]
         if norms:

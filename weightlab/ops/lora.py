@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from weightlab.networks.made import needed_network
 from weightlab.ops.adapter_out import AdapterWriter, LoraExport
 from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
 from weightlab.ops.factors import FactorStore
+from weightlab.ops.naming import under_names_of
 from weightlab.ops.new_checkpoint import checked_fit
 from weightlab.ops.operands import PatchLike, PathLike, base_of, model_path, open_patches, reading
 from weightlab.patches.fit import StackEntry
@@ -25,6 +27,8 @@ from weightlab.patches.virtual import delta_patch
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.naming import Renames
+from weightlab.tensors.select import patterns
 
 
 def lora_export(
@@ -112,6 +116,9 @@ def lora_extract(
     vectors: bool = False,
     vllm: bool = False,
     base_name: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renames: Renames | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
 ) -> LoraExport:
@@ -120,13 +127,19 @@ def lora_extract(
     A run that was broken off goes on where it stopped, if it is given the same models and rank: factors are kept in
     `.OUT.lora` beside the output until all are there.
 
-    Args and what is raised: as for `lora_export`; of the two models every tensor must pair up.
+    Args:
+        include, exclude: globs over the base's tensor names; what they leave out is not compared.
+        renames: {old: new} from the tuned model's tensor names to the base's, see `rename`; "auto" infers it.
+
+    The others, and what is raised: as for `lora_export`; of the two models every tensor must pair up.
     """
     resources, place = resources or Resources(), Path(out)
     refuse_existing(place)
     with ExitStack() as stack:
-        models = [clean_source(stack, model_path(model), wait, resources) for model in (tuned, base)]
-        names = shared_names(models, resources)
+        after, before = [clean_source(stack, model_path(model), wait, resources) for model in (tuned, base)]
+        (after,), _ = under_names_of(before, [after], renames)
+        models = [after, before]
+        names = shared_names(models, resources, None, patterns(include), patterns(exclude))
         require_shapes(models, names)
         target, source = models[1], under_target_names(models[0], names, 0)
         delta = DifferenceSource(target, source, list(names))
@@ -152,6 +165,9 @@ def lora_import(
     *,
     base: PathLike | None = None,
     experts_layout: ExpertsLayout | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renames: Renames | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
 ) -> Patch:
@@ -161,7 +177,11 @@ def lora_import(
         base: the model it is for; needed where it holds values (`modules_to_save`, biases, trained tokens), and where
             names or shapes of the files are other than the network's.
         experts_layout: how stacked experts lie in `lora_B`, where the adapter does not say so.
+        include, exclude: globs over the base's tensor names; they need the base.
+        renames: {old: new} from the adapter's tensor names to the base's, see `rename`; "auto" infers it.
     """
-    options = AdapterOptions(experts_layout=experts_layout)
+    if base is None and (include or exclude):
+        raise UsageError("filters are over the names of the model that an adapter is for", "give the base")
+    options = AdapterOptions(patterns(include), patterns(exclude), renames or {}, experts_layout=experts_layout)
     (patch,) = open_patches(adapter, base_of(base, wait=wait, resources=resources), options)
     return patch.save(out)

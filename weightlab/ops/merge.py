@@ -11,6 +11,7 @@ from weightlab.errors import UsageError
 from weightlab.files.digest import fingerprint
 from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.alike import clean_source, require_shapes, shared_names, under_target_names
+from weightlab.ops.naming import told, under_names_of
 from weightlab.ops.new_checkpoint import write_out
 from weightlab.ops.operands import PathLike, adapters_beside, model_path
 from weightlab.ops.outcome import Outcome
@@ -22,6 +23,8 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.stack.transaction import ChangeOptions
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.naming import Renames
+from weightlab.tensors.select import patterns
 
 
 def merge(
@@ -32,6 +35,9 @@ def merge(
     method: str = "task_arithmetic",
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renames: Renames | None = None,
     allow_nonfinite: bool = False,
     wait: float = 0.0,
     dry_run: bool = False,
@@ -48,6 +54,9 @@ def merge(
         weights: one for each tuned model; None: all 1.
         parameters: the method's, by name: a value, or a list with one for each tuned model.
 
+        include, exclude: globs over the base's tensor names; the others stay the base's, and are not compared.
+        renames: {old: new} from the tuned models' tensor names to the base's, see `rename`; "auto" infers it.
+
     Raises:
         UsageError: no model, or parameters that make no sense.
         NamesMismatchError: lists every tensor that one of the models lacks, has beyond the base, or has in another
@@ -62,8 +71,10 @@ def merge(
     options = ChangeOptions("refuse", allow_nonfinite, wait, dry_run, resources or Resources())
     scales = [round_scale(w) for w in weights or [1.0] * len(tuned)]
     with ExitStack() as stack:
-        models = [clean_source(stack, model_path(m), wait, options.resources) for m in (*tuned, base)]
-        names = shared_names(models, options.resources)
+        *given, start = [clean_source(stack, model_path(m), wait, options.resources) for m in (*tuned, base)]
+        tunes, taken = under_names_of(start, given, renames)
+        models = [*tunes, start]
+        names = shared_names(models, options.resources, None, patterns(include), patterns(exclude))
         require_shapes(models, names)
         target = models.pop()
         others = [under_target_names(source, names, index) for index, source in enumerate(models)]
@@ -81,5 +92,6 @@ def merge(
         specs = {n: target.specs[n] for n in names}
         entry = StackEntry(delta_patch(merged, specs, specs), 1.0)
         done = write_out(base, Path(out), lambda on: [*on, (method, entry)], None, options)
+        done.notes += told(taken if renames == "auto" else {})
         done.notes += adapters_beside(*tuned)
         return done

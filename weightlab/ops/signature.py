@@ -11,10 +11,12 @@ from torch import Tensor
 from weightlab.extract.options import DiffOptions
 from weightlab.extract.rules import EncodeRules
 from weightlab.extract.signature import Scope, SignatureOptions, signature_sources
+from weightlab.ops.naming import told, under_names_of
 from weightlab.ops.operands import ModelLike, PathLike, reading
 from weightlab.patches.patch import Patch
 from weightlab.sources.virtual.memory import MemorySource
 from weightlab.stream.executor import Resources
+from weightlab.tensors.naming import Renames
 
 
 def signature(
@@ -30,6 +32,7 @@ def signature(
     norm: str = "keep",
     statistics: Mapping[str, Tensor] | None = None,
     encode: EncodeRules = "dense",
+    renames: Renames | None = None,
     base_name: str | None = None,
     revision: str | None = None,
     license: str | None = None,
@@ -54,6 +57,7 @@ def signature(
         norm: layers with running statistics: "keep", "robust", "blend:SHARE" or "recalibrate".
         statistics: {name: tensor} of running statistics, for "recalibrate" (`weightlab.recalibrate` makes them).
         encode: how tensors are stored; lossy only.
+        renames: {old: new} from the other two's tensor names to those of `clean`, see `rename`; "auto" infers it.
 
     Raises:
         UsageError, MisfitError, NamesMismatchError: see `weightlab.extract.signature`; nothing was written.
@@ -80,4 +84,6 @@ def signature(
         start, usual, trained = (
             stack.enter_context(reading(m, key=key, wait=wait)) for m in (pretrained, clean, robust)
         )
+        (start, trained), taken = under_names_of(usual, [start, trained], renames)
+        options.notes = "; ".join([*([notes] if notes else []), *told(taken if renames == "auto" else {})]) or None
         return signature_sources(start, usual, trained, None if out is None else Path(out), chosen, options)

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightlab.errors import NamesMismatchError, UsageError
+from weightlab.extract.adapter import AdapterOptions
 from weightlab.extract.gram import Gram, cosine, gram, joined
+from weightlab.extract.match import renamed
 from weightlab.ops.inspect import has_delta
 from weightlab.ops.moments import moments
-from weightlab.ops.operands import ModelLike, PathLike, base_of, names_patch, open_patches, parse_patch, reading
+from weightlab.ops.naming import applies, applying, kept, told, under_patch_names, whole
+from weightlab.ops.operands import (
+    ModelLike,
+    PathLike,
+    adapter_at,
+    base_of,
+    names_patch,
+    open_patches,
+    parse_patch,
+    reading,
+)
 from weightlab.patches.compute import check_bases
-from weightlab.patches.fit import StackEntry, fit
+from weightlab.patches.fit import fit
 from weightlab.patches.patch import Patch
 from weightlab.patches.patched_source import DeltaSource
 from weightlab.sources import Source
 from weightlab.sources.virtual.difference import DifferenceSource
+from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.codes import require_same_form
+from weightlab.tensors.naming import Renames
 from weightlab.tensors.order import layer_of, natural_key
-from weightlab.tensors.select import select
+from weightlab.tensors.select import patterns, rename, select
 
 
 @dataclass(slots=True)
@@ -71,6 +85,7 @@ def compare(
     base: ModelLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    renames: Renames | None = None,
     key: str | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
@@ -83,6 +98,9 @@ def compare(
         operands: two or more; patches as `PATH[@SCALE]`.
         base: what checkpoints are compared as changes of; exact patches need it. Without one checkpoints are compared
             as they are.
+        include, exclude: globs over tensor names; what they leave out is not compared, whatever its shape.
+        renames: {old: new} from the operands' tensor names to those of the base, or without one of the first operand,
+            see `rename`; "auto" infers it for each.
 
     Raises:
         UsageError: fewer than two, or patches beside checkpoints without a base.
@@ -91,8 +109,9 @@ def compare(
     if len(operands) < 2:
         raise UsageError("there is nothing to compare with", "give two or more")
     resources = resources or Resources()
-    with _vectors(operands, base, key, wait, resources) as (sources, source, kind):
-        names = select(_summable(sources), include, exclude)
+    chosen = Chosen(patterns(include), patterns(exclude), renames)
+    with _vectors(operands, base, key, wait, resources, chosen) as (sources, source, kind):
+        names = _summable(sources, chosen)
         products = gram(sources, names, resources)
         weights = 0.0 if source is None else _norm(source, names, resources)
     count = len(sources)
@@ -109,7 +128,7 @@ def compare(
         [norm / weights for norm in norms] if weights else None,
         _cosines(whole),
         [_layer(layer, joined(products, group), whole) for layer, group in layers.items()],
-        _lacking(operands, sources, names),
+        [*_lacking(operands, sources, names), *told(chosen.taken if renames == "auto" else {})],
     )
 
 
@@ -118,6 +137,8 @@ def identify(
     library: Sequence[PathLike | Patch],
     *,
     base: ModelLike | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     key: str | None = None,
     wait: float = 0.0,
     resources: Resources | None = None,
@@ -127,6 +148,7 @@ def identify(
     Args:
         library: patches, or folders of patch files.
         base: the base of exact patches.
+        include, exclude: globs over tensor names; what they leave out is not compared.
 
     Raises:
         UsageError: the library is empty, or is a checkpoint.
@@ -138,10 +160,11 @@ def identify(
         raise UsageError("the library holds no patch", "give patches, or a folder of them")
     matches: list[Match] = []
     for entry in found:
-        with _vectors([patch, entry], base, key, wait, resources) as (sources, _, kind):
+        chosen = Chosen(patterns(include), patterns(exclude))
+        with _vectors([patch, entry], base, key, wait, resources, chosen) as (sources, _, kind):
             if kind != "changes":
                 raise UsageError("checkpoints are not identified", "give patches")
-            names = _summable(sources)
+            names = _summable(sources, chosen)
             both = joined(gram(sources, names, resources), names)
             shared = sum(all(n in s.specs for s in sources) for n in names)
         matches.append(Match(_label(entry), cosine(both, 0, 1), shared))
@@ -158,29 +181,68 @@ def patches_in(given: PathLike | Patch) -> list[PathLike | Patch]:
     return [given]
 
 
+@dataclass(slots=True)
+class Chosen:
+    """What of the operands is compared.
+
+    Attributes:
+        taken: the renaming that was taken.
+        seen: every name that a filter may mean.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    renames: Renames | None = None
+    taken: dict[str, str] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+    def kept(self, names: Iterable[str]) -> list[str]:
+        names = list(names)
+        self.seen.update(names)
+        return [name for name in names if kept(name, self.include, self.exclude)]
+
+
 @contextmanager
 def _vectors(
-    operands: Sequence[PathLike | Patch], base: ModelLike | None, key: str | None, wait: float, resources: Resources
+    operands: Sequence[PathLike | Patch],
+    base: ModelLike | None,
+    key: str | None,
+    wait: float,
+    resources: Resources,
+    chosen: Chosen,
 ) -> Iterator[tuple[list[Source], Source | None, str]]:
     """(each operand as a source of float tensors, the base, what these are)."""
     with ExitStack() as stack:
         source = None if base is None else stack.enter_context(reading(base, key=key, wait=wait))
         opening = base_of(base, key=key, wait=wait, resources=resources)
-        patches = {i: open_patches(o, opening)[0] for i, o in enumerate(operands) if names_patch(o)}
+        adapting = AdapterOptions(renames=chosen.renames or {})
+        patches = {i: open_patches(o, opening, adapting)[0] for i, o in enumerate(operands) if names_patch(o)}
         if source is None and patches and len(patches) < len(operands):
             raise UsageError("patches and checkpoints are compared as changes of one base", "give --base")
-        found: list[Source] = []
-        checkpoints: list[Source] = []
+        given: list[Patch | Source] = []
         for index, operand in enumerate(operands):
-            if index in patches:
-                found.append(_delta(patches[index], source, resources))
+            if index not in patches:
+                assert not isinstance(operand, Patch)
+            given.append(patches.get(index) or stack.enter_context(reading(operand, key=key, wait=wait)))
+        names = [g.records if isinstance(g, Patch) else {**g.specs, **g.aliases} for g in given]
+        # Under the wanted names already: without a base the first operand, and adapters that were opened with one.
+        ready = [i == 0 if source is None else adapter_at(o) is not None for i, o in enumerate(operands)]
+        open_ones = [{} if done else mine for done, mine in zip(ready, names, strict=True)]
+        rules = applying(open_ones, None if all(ready) else chosen.renames)
+        found: list[Source] = []
+        checkpoints: list[Source] = [] if source is None else [source]
+        for one, done, mine in zip(given, ready, rules, strict=True):
+            if isinstance(one, Patch):
+                wanted = source or (found[0] if found else None)
+                found.append(_delta(one, source, wanted, {} if done else mine, resources, chosen))
                 continue
-            assert not isinstance(operand, Patch)
-            opened = stack.enter_context(reading(operand, key=key, wait=wait))
-            plain = [n for n, s in opened.specs.items() if s.is_float and n not in opened.opaque]
-            for other in (*checkpoints, *([] if source is None else [source])):
-                require_same_form(other, opened)
-            checkpoints.append(opened)
+            for other in checkpoints:
+                require_same_form(other, one)
+            checkpoints.append(one)
+            first = source or (found[0] if found else None)
+            opened, taken = (one, {}) if first is None else renamed(first, one, mine)
+            chosen.taken |= taken
+            plain = chosen.kept(n for n, s in opened.specs.items() if s.is_float and n not in opened.opaque)
             found.append(opened if source is None else _change(source, opened, plain))
         yield found, source, "changes" if patches or source is not None else "weights"
 
@@ -189,14 +251,29 @@ def _label(operand: PathLike | Patch) -> str:
     return operand.label if isinstance(operand, Patch) else os.fspath(operand)
 
 
-def _delta(patch: Patch, base: Source | None, resources: Resources) -> Source:
-    if base is not None:
-        check_bases(base, fit(base, [StackEntry(patch, 1.0)]).targets.values(), resources)
-    names = [n for n in patch.records if has_delta(patch, n, base)]
-    hidden = [n for n, r in patch.records.items() if n not in names and r.spec(n).is_float and r.encoding == "exact"]
+def _delta(
+    patch: Patch, base: Source | None, wanted: Source | None, renames: Renames, resources: Resources, chosen: Chosen
+) -> Source:
+    """A patch's change, under the names of the base or of the first operand, which are `wanted`."""
+    view, rules = (None, {}) if wanted is None else under_patch_names(wanted, patch, renames)
+    view = None if base is None else view
+    chosen.taken |= rules
+    shown = rename(patch.records, rules, idle=False)
+    left = {*chosen.kept(shown.values())}
+    entry = whole(patch, rules, chosen.include, chosen.exclude)
+    if base is not None and entry is not None:
+        check_bases(base, fit(base, [entry]).targets.values(), resources)
+    names = [n for n in patch.records if shown[n] in left and has_delta(patch, n, view)]
+    hidden = [
+        n
+        for n, r in patch.records.items()
+        if shown[n] in left and n not in names and r.spec(n).is_float and r.encoding == "exact"
+    ]
     if hidden and base is None:
         raise UsageError(f"{patch.label}: the change of an exact patch is known with its base only", "give --base")
-    return DeltaSource([patch], base, names)
+    delta = DeltaSource([patch], view, names)
+    mine = {old: new for old, new in rules.items() if applies(old, names)}
+    return RenamedSource(delta, mine) if mine else delta
 
 
 def _change(base: Source, tuned: Source, names: Sequence[str]) -> Source:
@@ -214,13 +291,15 @@ def _change(base: Source, tuned: Source, names: Sequence[str]) -> Source:
     return DifferenceSource(base, tuned, shared)
 
 
-def _summable(sources: Sequence[Source]) -> list[str]:
-    """The float tensors that any of them has.
+def _summable(sources: Sequence[Source], chosen: Chosen) -> list[str]:
+    """The chosen float tensors that any of them has.
 
     Raises:
         NamesMismatchError: lists those of which shapes differ.
+        UsageError: a pattern matches nothing.
     """
-    names = sorted({n for s in sources for n in s.specs}, key=natural_key)
+    names = chosen.kept(sorted({n for s in sources for n in s.specs}, key=natural_key))
+    select(chosen.seen, chosen.include, chosen.exclude)
     wrong = []
     for name in names:
         shapes = {s.label: s.specs[name].shape for s in sources if name in s.specs}

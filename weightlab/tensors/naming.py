@@ -18,6 +18,7 @@ Renames = Mapping[str, str] | Literal["auto"]
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 # TensorFlow's words for the parameters of a norm, which the first BERT checkpoints have, and torch's.
 _NORMS = {"gamma": "weight", "beta": "bias", "weight": "gamma", "bias": "beta"}
+_TYPED = 12  # more options than that no one types
 _PROBES, _CANDIDATES, _EXCEPTIONS, _STEPS = 4, 12, 8, 3
 
 
@@ -40,7 +41,8 @@ def infer(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> 
     """
     before = _paired(given, {n: n for n in given}, wanted)
     start = _wrappers(given, wanted) | norm_renames(given, wanted)
-    beam: list[dict[str, str]] = [start]
+    inside = _put_in(given, wanted)
+    beam: list[dict[str, str]] = [start, *([inside] if inside else [])]
     best: list[Found] = []
     for _ in range(_STEPS):
         grown: dict[tuple[tuple[str, str], ...], Found] = {}
@@ -164,6 +166,21 @@ def _wrappers(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
     return rules
 
 
+def _put_in(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Wrappers' components that `wanted` has inside its names and `given` has nowhere: a prefix for every such place."""
+    mine = _components(given)
+    rules: dict[str, str] = {}
+    for name in wanted:
+        parts = name.split(".")
+        wrapped = [i for i, part in enumerate(parts) if part in _WRAPPERS and part not in mine]
+        if wrapped and wrapped[-1] > 0:
+            head = parts[: wrapped[-1] + 1]
+            plain = "".join(f"{p}." for i, p in enumerate(head) if i not in wrapped)
+            if rules.setdefault(plain, "".join(f"{p}." for p in head)) != "".join(f"{p}." for p in head):
+                return {}  # two places under one name
+    return rules
+
+
 def _components(names: Iterable[str]) -> set[str]:
     return {part for name in names for part in name.split(".")}
 
@@ -227,6 +244,9 @@ def _paired(given: Mapping[str, TensorSpec], shown: Mapping[str, str], wanted: M
 
 def remedy(found: Sequence[Found]) -> str:
     """What an error tells to do about names that differ by a renaming."""
+    if len(found) == 1 and len(found[0].renames) > _TYPED:
+        some = dict(sorted(found[0].renames.items())[:1])
+        return f"pass --map auto, which is {len(found[0].renames)} renamings such as {options(some)}"
     if len(found) == 1:
         return f"pass {options(found[0].renames)} (or --map auto)"
     return "pass the renaming that is meant: " + ", or ".join(options(f.renames) for f in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,6 +17,7 @@ from weightlab_cli.options import Common
 @click.option("--base", type=options.operand, help="Compare changes of this base; exact patches need it.")
 @options.include
 @options.exclude
+@options.renames("Rename prefixes of the operands' tensor names to those of --base or A; may be repeated.")
 @click.option("--plot", "picture", type=Path, metavar="FILE.png", help="Draw the cosines, and norms by depth.")
 @options.key
 @options.dry_run(options.DRY_READ)
@@ -28,6 +30,7 @@ def command(
     base: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    renames: dict[str, str] | Literal["auto"],
     picture: Path | None,
     key: str | None,
     dry_run: bool,
@@ -63,7 +66,14 @@ def command(
             )
             return
         found = wl.compare(
-            list(operands), base=base, include=include, exclude=exclude, key=key, wait=wait, resources=resources
+            list(operands),
+            base=base,
+            include=include,
+            exclude=exclude,
+            renames=renames,
+            key=key,
+            wait=wait,
+            resources=resources,
         )
     if picture is not None:
         plot_comparison(found, picture)

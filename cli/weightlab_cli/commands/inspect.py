@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -17,6 +18,7 @@ from weightlab_cli.output import size
 @click.option("--layers/--tensors", default=True, help="A row a layer, or a row a tensor.  [default: layers]")
 @click.option("--plot", "picture", type=Path, metavar="FILE.png", help="Draw where the weights changed.")
 @click.option("--no-norms", is_flag=True, help="Read headers only.")
+@options.renames("Rename prefixes of the patch's tensor names to those of --base; may be repeated.")
 @options.key
 @options.dry_run(options.DRY_READ)
 @options.wait
@@ -29,6 +31,7 @@ def command(
     layers: bool,
     picture: Path | None,
     no_norms: bool,
+    renames: dict[str, str] | Literal["auto"],
     key: str | None,
     dry_run: bool,
     wait: float,
@@ -54,7 +57,9 @@ def command(
             sizes = [wl.inspect(p, key=key, norms=False, wait=wait, resources=resources) for p in places]
             show_reading(output, sizes, resources)
             return
-        found = wl.inspect(path, base=base, key=key, norms=not no_norms, wait=wait, resources=resources)
+        found = wl.inspect(
+            path, base=base, renames=renames, key=key, norms=not no_norms, wait=wait, resources=resources
+        )
     if picture is not None:
         plot(found, picture)
     output.result(found)

@@ -38,6 +38,9 @@ def command() -> None:
 @_vectors
 @_vllm
 @_base_name
+@options.include
+@options.exclude
+@options.renames("Rename prefixes of TUNED's tensor names to BASE's; may be repeated.")
 @options.dry_run(options.DRY_MADE)
 @options.wait
 @options.trust_remote_code
@@ -95,6 +98,9 @@ def export(common: Common, out: Path, dry_run: bool, patch: str, model: str, **c
 @click.argument("base", type=options.operand, required=False)
 @options.out("The patch: NAME.safetensors, or a folder.", required=True)
 @options.experts_layout
+@options.include
+@options.exclude
+@options.renames("Rename prefixes of the adapter's tensor names to BASE's; may be repeated.")
 @options.dry_run(options.DRY_MADE)
 @options.wait
 @options.trust_remote_code

@@ -54,6 +54,7 @@ from weightlab_cli.options import Common
 @click.option("--corruption", metavar="NAME", help="Corrupt them at severity 5; leave it out when they are already.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @options.encode
+@options.renames("Rename prefixes of the other two's tensor names to CLEAN's; may be repeated.")
 @options.key
 @click.option("--base-name", metavar="ORG/NAME", help="What CLEAN is called on the Hub; kept in the header.")
 @click.option("--revision", help="CLEAN's revision; kept in the header.")
