@@ -211,7 +211,8 @@ def test_auto_reaches_patches_on_a_module() -> None:
     assert all(torch.equal(t, own[n]) for n, t in module["inner"].state_dict().items())
 
 
-def test_an_adapter_that_was_trained_on_a_wrapped_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["module.model.layers.", "decoder.blocks."])
+def test_an_adapter_that_was_trained_on_a_wrapped_model(prefix: str, tmp_path: Path) -> None:
     base = {f"model.layers.{i}.up.weight": torch.ones(4, 3) for i in range(2)}
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -219,13 +220,17 @@ def test_an_adapter_that_was_trained_on_a_wrapped_model(tmp_path: Path) -> None:
         '{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up"], "base_model_name_or_path": null}'
     )
     factors = {
-        f"base_model.model.module.{n.removesuffix('.weight')}.lora_{side}.weight": torch.full(shape, 2.0)
+        f"base_model.model.{prefix}{n.removeprefix('model.layers.').removesuffix('.weight')}.lora_{side}.weight": torch.full(
+            shape, 2.0
+        )
         for n in base
         for side, shape in (("A", (1, 3)), ("B", (4, 1)))
     }
     save_file(factors, folder / "adapter_model.safetensors")
-    with pytest.raises(NamesMismatchError):
-        wl.apply(base, folder)
-    for renames in ({"module.": ""}, "auto"):
-        result = wl.apply(base, folder, renames=renames)
-        assert all(torch.equal(result[n], torch.full((4, 3), 5.0)) for n in base)
+    if prefix == "decoder.blocks.":  # DDP's own is known without being told
+        with pytest.raises(NamesMismatchError):
+            wl.apply(base, folder)
+        told = wl.apply(base, folder, renames={prefix: "model.layers."})
+        assert all(torch.equal(told[n], torch.full((4, 3), 5.0)) for n in base)
+    result = wl.apply(base, folder, renames="auto")
+    assert all(torch.equal(result[n], torch.full((4, 3), 5.0)) for n in base)

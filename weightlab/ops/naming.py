@@ -29,8 +29,8 @@ def whole(
     names = rename(patch.records, renames, idle=False).values()
     if not any(kept(name, include, exclude) for name in names):
         return None
-    mine = [tuple(p for p in given if any(matches(n, [p]) for n in names)) for given in (include, exclude)]
-    return StackEntry(patch, 1.0, *mine, renames)
+    chosen, left = (tuple(p for p in given if any(matches(n, [p]) for n in names)) for given in (include, exclude))
+    return StackEntry(patch, 1.0, chosen, left, renames)
 
 
 def under_names_of(

@@ -221,9 +221,11 @@ def _vectors(
             raise UsageError("patches and checkpoints are compared as changes of one base", "give --base")
         given: list[Patch | Source] = []
         for index, operand in enumerate(operands):
-            if index not in patches:
-                assert not isinstance(operand, Patch)
-            given.append(patches.get(index) or stack.enter_context(reading(operand, key=key, wait=wait)))
+            if index in patches:
+                given.append(patches[index])
+                continue
+            assert not isinstance(operand, Patch)
+            given.append(stack.enter_context(reading(operand, key=key, wait=wait)))
         names = [g.records if isinstance(g, Patch) else {**g.specs, **g.aliases} for g in given]
         # Under the wanted names already: without a base the first operand, and adapters that were opened with one.
         ready = [i == 0 if source is None else adapter_at(o) is not None for i, o in enumerate(operands)]

@@ -167,7 +167,7 @@ def _wrappers(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
 
 
 def _put_in(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Wrappers' components that `wanted` has inside its names and `given` has nowhere: a prefix for every such place."""
+    """Wrappers' components that `wanted` has inside its names and `given` lacks: a prefix for every such place."""
     mine = _components(given)
     rules: dict[str, str] = {}
     for name in wanted:

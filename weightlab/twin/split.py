@@ -22,6 +22,7 @@ from weightlab.files.digest import fingerprint
 from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.alike import clean_source
 from weightlab.ops.companions import companions, copy_companions
+from weightlab.ops.naming import under_names_of
 from weightlab.ops.operands import PathLike, model_path
 from weightlab.patches.compute import digest_tensors
 from weightlab.patches.fit import StackEntry, fit
@@ -34,6 +35,7 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.zeros import ZeroSource
 from weightlab.stream.executor import Resources
 from weightlab.tensors.arithmetic import round_scale
+from weightlab.tensors.naming import Renames
 from weightlab.twin.experts import expert_source, named, other_integers, shared_tensors
 from weightlab.twin.folder import (
     CONFIGURATION,
@@ -65,6 +67,7 @@ def twin_split(
     weights: Sequence[float] | None = None,
     compress: str = COMPRESS,
     encode_shared: str = "dense",
+    renames: Renames | None = None,
     base_name: str | None = None,
     revision: str | None = None,
     license: str | None = None,
@@ -87,6 +90,7 @@ def twin_split(
         compress: how exclusive parts are stored: `low_rank:R`, `energy:SHARE`, `sparse:SHARE`, `random:SHARE` or any
             lossy encoding. What an encoding is not for, as low rank for vectors, is kept whole.
         encode_shared: how the shared part is stored; lossy only.
+        renames: {old: new} from the experts' tensor names to the base's, see `rename`; "auto" infers it for each.
 
     Raises:
         NamesMismatchError: lists tensors that the base and some experts have, and others lack.
@@ -119,6 +123,8 @@ def twin_split(
     with ExitStack() as stack:
         start = clean_source(stack, model_path(base), wait, options.resources)
         tuned = {n: expert_source(stack, base, start, p, wait, options.resources) for n, p in paths.items()}
+        mapped, _ = under_names_of(start, list(tuned.values()), renames)
+        tuned = dict(zip(tuned, mapped, strict=True))
         common, heads, left_out = shared_tensors(start, tuned, options.resources)
         options.base_fingerprint = fingerprint(digest_tensors(start, start.specs, options.resources))
         deltas, order = _deltas(start, tuned, common, scales, options.resources)

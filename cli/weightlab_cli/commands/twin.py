@@ -40,6 +40,7 @@ def command() -> None:
     help="How exclusive parts are stored: low_rank:RANK, energy:SHARE, sparse:SHARE, random:SHARE, or an encoding.",
 )
 @click.option("--encode-shared", default="dense", show_default=True, metavar="ENCODING", help="The shared part.")
+@options.renames("Rename prefixes of the experts' tensor names to BASE's; may be repeated.")
 @click.option("--base-name", metavar="ORG/NAME", help="What BASE is called on the Hub; kept in the header.")
 @click.option("--revision", help="BASE's revision; kept in the header.")
 @options.licence
