@@ -219,11 +219,10 @@ def test_an_adapter_that_was_trained_on_a_wrapped_model(prefix: str, tmp_path: P
     (folder / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up"], "base_model_name_or_path": null}'
     )
+    modules = [n.removeprefix("model.layers.").removesuffix(".weight") for n in base]
     factors = {
-        f"base_model.model.{prefix}{n.removeprefix('model.layers.').removesuffix('.weight')}.lora_{side}.weight": torch.full(
-            shape, 2.0
-        )
-        for n in base
+        f"base_model.model.{prefix}{module}.lora_{side}.weight": torch.full(shape, 2.0)
+        for module in modules
         for side, shape in (("A", (1, 3)), ("B", (4, 1)))
     }
     save_file(factors, folder / "adapter_model.safetensors")
