@@ -45,7 +45,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SLOWER = 5  # times what the tests take unchanged, and 30 seconds: longer is hanging, and that is noticed
 MEMORY = 16 << 30  # bytes of address space of one run; a change that asks for more fails
-HEAVY = ("torch", "transformers", "transformers.modeling_utils", "peft")  # imported once, by the process that forks
+HEAVY = (
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "peft",
+    "hypothesis",
+    "safetensors.torch",
+    "rich",
+    "yaml",
+)  # imported once, by the process that forks
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -203,7 +212,7 @@ def folder_of(file: Path) -> list[str]:
 
 @dataclass
 class Watch:
-    """A plug-in of pytest that keeps how long each test takes, which functions of the library it calls, and what failed."""
+    """A plug-in of pytest that keeps how long each test takes, which functions of the library it calls, what fails."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     calls: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
