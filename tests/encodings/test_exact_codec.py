@@ -16,6 +16,8 @@ from hypothesis import given, settings
 
 from weightlab.encodings._base import Tile
 from weightlab.encodings._exact_codec import PLANES
+from weightlab.encodings._exact_groups import RUN, classes_of
+from weightlab.encodings._exact_words import layout_of
 from weightlab.encodings.exact import ENCODING, decode_block, encode_block
 from weightlab.errors import IntegrityError, UsageError
 from weightlab.tensors.spec import DTYPES, TensorSpec
@@ -380,3 +382,38 @@ def test_plugin_takes_no_parameter() -> None:
     assert ENCODING.parse([]) == {}
     with pytest.raises(UsageError):
         ENCODING.parse(["9"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "mantissa", "lengths", "context", "direct"),
+    [
+        ("F64", 64, 52, 54, 5, 51),
+        ("F32", 32, 23, 25, 5, 22),
+        ("C64", 32, 23, 25, 5, 22),
+        ("BF16", 16, 7, 9, 1, 6),
+        ("F16", 16, 10, 12, 2, 9),
+        ("F8_E4M3", 8, 3, 5, 0, 2),
+        ("F8_E5M2", 8, 2, 4, 0, 1),
+        ("I64", 64, 0, 65, 0, 65),
+        ("U8", 8, 0, 9, 0, 9),
+        ("BOOL", 8, 0, 9, 0, 9),
+    ],
+)
+def test_how_the_words_of_a_dtype_are_read(
+    dtype: str, bits: int, mantissa: int, lengths: int, context: int, direct: int
+) -> None:
+    """Lengths are below mantissa + 2, or bits + 1 where all bits count; these numbers are part of the format."""
+    layout = layout_of(dtype)
+    assert (layout.bits, layout.size, layout.mantissa) == (bits, bits // 8, mantissa)
+    assert (layout.lengths, layout.context, layout.direct) == (lengths, context, direct)
+    assert layout.is_float == (mantissa > 0)
+
+
+def test_how_far_a_run_moved_comes_from_powers_of_two() -> None:
+    """Differences just below 2**30 count as 2**29, those of a run without any as nothing."""
+    layout = layout_of("I64")
+    difference = np.zeros(2 * RUN, dtype=layout.signed)
+    difference[:RUN] = 2**30 - 1
+    largest, classes = classes_of(np.zeros(2 * RUN, np.int16), difference, difference, layout)
+    again, same = classes_of(np.zeros(2 * RUN, np.int16), difference, np.where(difference, 2**29, 0), layout)
+    assert largest == again and classes.tolist() == same.tolist() and classes[1] == 0 < classes[0]

@@ -113,7 +113,7 @@ def test_only_plain_files_are_opened(place: Path) -> None:
                 with pytest.raises(IntegrityError, match=says):
                     folder.open_file(name, write=write)
         for write in (False, True):
-            fd = folder.open_file("file", write=write)
+            fd = folder.open_file("file", write=True) if write else folder.open_file("file")
             try:
                 if write:
                     assert os.pwrite(fd, b"x", 9) == 1

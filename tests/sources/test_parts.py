@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import weightlab as wl
 from weightlab.errors import InputError, MalformedFileError
 from weightlab.sources import open_source
+from weightlab.sources.local import open_local, owner_of, pickled_parts
 
 
 def part(folder: Path, value: float = 0.0) -> Path:
@@ -134,3 +135,36 @@ def test_a_shard_of_a_part_is_missing(tmp_path: Path) -> None:
     (model / "2_Dense/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="1 of 1 shards are missing"):
         open_source(model)
+
+
+def test_whose_part_a_folder_is(tmp_path: Path) -> None:
+    model = listing(tmp_path / "model", "", "2_Dense")
+    inside = part(model / "2_Dense")
+    beside = part(model / "3_Other")
+    assert owner_of(inside) == owner_of(inside / "model.safetensors") == model
+    assert owner_of(beside) is owner_of(model) is owner_of(model / "model.safetensors") is None
+    (model / "modules.json").write_text("[1")  # a list that cannot be used makes no one a part
+    assert owner_of(inside) is None
+
+
+def test_only_the_files_that_are_the_model_have_its_parts(tmp_path: Path) -> None:
+    model = listing(tmp_path / "model", "", "2_Dense")
+    part(model / "2_Dense")
+    save_file({"w": torch.ones(1)}, model / "consolidated.safetensors")
+    for file, alone in (("model.safetensors", True), ("consolidated.safetensors", False)):
+        source = open_local(model / file)
+        assert source.alone is alone and set(source.specs) == {"w"}
+        source.close()
+    (model / "modules.json").unlink()
+    source = open_local(model / "model.safetensors")
+    assert not source.alone
+    source.close()
+
+
+def test_parts_that_are_pickles(tmp_path: Path) -> None:
+    model = listing(tmp_path / "model", "", "2_Dense")
+    (model / "2_Dense").mkdir()
+    torch.save({"w": torch.zeros(1)}, model / "2_Dense" / "pytorch_model.bin")
+    assert pickled_parts(model) == ["2_Dense/pytorch_model.bin"] and pickled_parts(model / "model.safetensors") == []
+    part(model / "2_Dense")  # safetensors win over a pickle beside them
+    assert pickled_parts(model) == [] and pickled_parts(model / "2_Dense") == []

@@ -316,3 +316,12 @@ def test_modules_that_stay_as_they_are_by_name() -> None:
         "model.layers.0.q_proj"
     ]
     assert exempted({"module_fqn_to_config": {"a.b": None, "_default": {}}}) == ["a.b"]
+
+
+@pytest.mark.parametrize(("levels", "seen"), [(0, True), (4, True), (5, False)])
+def test_how_deep_a_configuration_tells_of_codes(levels: int, seen: bool) -> None:
+    """A thinker has a text configuration, and that may have further ones; without end there are none."""
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "another"}}
+    for _ in range(levels):
+        config = {"text_config": config}
+    assert set(codes_in(specs("a.weight BF16"), config)) == ({"a.weight"} if seen else set())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.sources.test_local import read
 from weightlab.errors import InputError, NamesMismatchError, UsageError
+from weightlab.sources.local import open_local
+from weightlab.sources.virtual.computed import ComputedSource, read_values
 from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.sources.virtual.memory import MemorySource
@@ -16,7 +20,7 @@ from weightlab.sources.virtual.named import NamedSource
 from weightlab.sources.virtual.projected import ProjectedSource
 from weightlab.sources.virtual.renamed import RenamedSource
 from weightlab.sources.virtual.zeros import ZeroSource
-from weightlab.tensors.spec import TensorSpec
+from weightlab.tensors.spec import BY_TORCH, TensorSpec
 
 
 def test_state_dicts_of_every_dtype_and_layout() -> None:
@@ -93,6 +97,46 @@ def test_other_names() -> None:
         RenamedSource(MemorySource({"a": shared}), {"x.": ""})
     with pytest.raises(NamesMismatchError):
         RenamedSource(MemorySource({"x.a": shared, "a": torch.ones(1)}), {"x.": ""})
+
+
+def test_codes_go_with_the_other_names(tmp_path: Path) -> None:
+    fp8 = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+    save_file({"model.a.weight": fp8, "model.a.weight_scale": torch.ones(1), "b.weight": torch.ones(2)}, tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / "m.safetensors")
+    inner = open_local(tmp_path / "m.safetensors")
+    assert {n: c.module for n, c in inner.codes.items()} == dict.fromkeys(
+        ["model.a.weight", "model.a.weight_scale"], "model.a"
+    )
+    for new in ("", "x.", "much.longer."):
+        source = RenamedSource(inner, {"model.": new})
+        assert {n: c.module for n, c in source.codes.items()} == dict.fromkeys(
+            [f"{new}a.weight", f"{new}a.weight_scale"], f"{new}a"
+        )
+    inner.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_range_of_computed_tensors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("weightlab.sources.virtual.computed.TILE", 4)
+    whole = torch.arange(10, dtype=dtype)
+    raw, asked = whole.view(torch.uint8), []
+
+    def compute(name: str, first: int, last: int) -> torch.Tensor:
+        asked.append((first, last))
+        return whole[first:last]
+
+    source = ComputedSource("x", {"a": TensorSpec("a", BY_TORCH[dtype].name, (10,))}, compute)
+    for start in range(len(raw)):
+        for stop in range(start, len(raw) + 1):
+            out = torch.empty(stop - start, dtype=torch.uint8)
+            source.read("a", start, out)
+            assert torch.equal(out, raw[start:stop])
+    assert set(asked) == {(0, 4), (4, 8), (8, 10)}
+    asked.clear()
+    source.read("a", 4 * dtype.itemsize, torch.empty(4 * dtype.itemsize, dtype=torch.uint8))
+    assert asked == [(4, 8)]
+    some = read_values(source, "a", 3, 9, torch.empty(6 * dtype.itemsize, dtype=torch.uint8))
+    assert torch.equal(some, whole[3:9])
 
 
 def test_a_tied_tensor_under_another_of_its_names() -> None:
