@@ -5,11 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import weightlab as wl
 from tests.ops.test_apply_out import state
-from weightlab.errors import MissingInputError, UsageError
-from weightlab.ops.operands import label_of, model_path, open_patches, parse_patch
+from weightlab.errors import MissingInputError, UnknownNetworkError, UsageError
+from weightlab.networks.made import NetworkOf
+from weightlab.ops.operands import (
+    _saying_why,
+    adapter_at,
+    adapters_beside,
+    is_only_adapter,
+    label_of,
+    model_path,
+    names_patch,
+    open_patches,
+    parse_patch,
+)
 
 
 @pytest.fixture
@@ -75,3 +88,36 @@ def test_paths_that_no_file_can_have(tmp_path: Path, name: str) -> None:
         with pytest.raises(MissingInputError) as failed:
             call(f"{tmp_path}/{name}")
         assert failed.value.exit_code == 3 and failed.value.message.isprintable()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_why_the_network_is_not_known_is_said_with_what_it_led_to(known: bool) -> None:
+    network = NetworkOf("nowhere", {})
+    network.why = None if known else UnknownNetworkError("no such class", "update transformers")
+    with pytest.raises(MissingInputError) as failed, _saying_why(network):
+        raise MissingInputError("not clear", "say it", ["a", "b"])
+    assert failed.value.message == "not clear" and failed.value.offenders == ("a", "b")
+    assert failed.value.remedy == (
+        "say it" if known else "say it; the network is not known: no such class (update transformers)"
+    )
+
+
+def test_what_a_folder_is(place: Path) -> None:
+    """A patch, an adapter, a model, or a model with an adapter beside it, which is left aside and told."""
+    for folder, files in (("adapter", []), ("model", ["config.json"]), ("both", ["config.json"])):
+        Path(folder).mkdir()
+        for file in files:
+            Path(folder, file).write_text("{}")
+        if folder != "adapter":
+            save_file(state(), Path(folder, "model.safetensors"))
+        if folder != "model":
+            Path(folder, "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["a"]}')
+            save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 2)}, Path(folder, "adapter_model.safetensors"))
+    everything = ["p.safetensors", "adapter", "model", "both"]
+    assert [names_patch(name) for name in everything] == [True, True, False, False]
+    assert [is_only_adapter(Path(name)) for name in everything] == [False, True, False, False]
+    assert [adapter_at(name) for name in everything] == [None, Path("adapter"), None, Path("both")]
+    assert adapters_beside(*everything, state()) == ["both: the adapter that lies beside the model is left aside"]
+    (opened,) = open_patches("p.safetensors")
+    assert names_patch(opened) and adapter_at(opened) is None and not names_patch("nowhere")
+    assert label_of(opened, opened) == "p.safetensors"
