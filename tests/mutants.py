@@ -13,7 +13,9 @@ Left alone, because no test can or need tell them apart:
 
 - annotations, what only the type checker reads, options of decorators and data classes, texts of errors, assertions;
 - `strict=` of zip, a check of the code on itself;
-- limits and sizes of buffers: numbers of 1,000 and more in a constant of a module in capitals. One more is the same.
+- limits and sizes of buffers: numbers of 1,000 and more in a constant of a module in capitals, and powers of two as
+  arguments (`os.read(fd, 2**24)`). One more is the same;
+- numbers in the files that draw (`plot*.py`): sizes and colours are looked at, not tested.
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ def mutants_in(file: Path) -> Iterator[Mutant]:
                 yield Mutant(file, index, part, f"{line}{shown}  [{type(operator).__name__}]", lines)
         elif isinstance(node, ast.BoolOp) or _is_arithmetic(node):
             yield Mutant(file, index, 0, f"{line}{shown}  [{type(getattr(node, 'op', None)).__name__}]", lines)
-        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int):
+        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int) and not file.stem.startswith("plot"):
             yield Mutant(file, index, 0, f"{line}constant {node.value!r}", lines)
         elif isinstance(node, ast.If | ast.IfExp | ast.While):
             yield Mutant(file, index, 0, f"{line}{shown}  [negated]", lines)
@@ -173,10 +175,18 @@ def _left_alone(node: ast.AST) -> Iterator[ast.AST]:
             yield node
         if called == "zip":
             yield from node.keywords
+        yield from (given for given in node.args if _is_power(given))
     if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert):
         yield node
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield from node.decorator_list
+
+
+def _is_power(node: ast.AST) -> bool:
+    """Whether that is `2**24` or `64 << 20`."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Pow | ast.LShift):
+        return False
+    return isinstance(node.left, ast.Constant) and isinstance(node.right, ast.Constant)
 
 
 def _limits(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -261,6 +271,7 @@ def forked(place: Path, arguments: list[str], plugin: object, answer: Callable[[
 
     Returns its process id; what it printed lies in `place/printed`, what `answer` gave in `place/answer`.
     """
+    assert "weightlab" not in sys.modules, "the child would not see the change"
     child = os.fork()
     if child:
         return child
