@@ -60,7 +60,7 @@ def difference(
         weights = moments(before, plain, resources)
         rows = [row_of(before.specs[n], before.specs[n].nbytes, found.get(n)) for n in changed]
         for row in rows:
-            if row.name in weights and weights[row.name].squares:
+            if row.name in weights and weights[row.name].norm:
                 row.relative = found[row.name].norm / weights[row.name].norm
         result = summarise(
             f"{after.label} against {before.label}", "difference", rows, sum(r.bytes for r in rows), found, weights

@@ -181,7 +181,7 @@ def _patch(
         row = row_of(specs[name], patch.nbytes(name), found.get(name))
         row.encoding = record.encoding
         row.relative_error = record.error.relative_l2 if record.error else None
-        if name in weights and weights[name].squares:
+        if name in weights and weights[name].norm:
             row.relative = found[name].norm / weights[name].norm
         rows.append(row)
     full = sum(specs[n].nbytes for n in names if patch.records[n].encoding != "removed")
@@ -265,5 +265,5 @@ def _layer(
     if known:
         row.norm, row.rms, row.largest = total.norm, total.rms, total.largest
         row.nonzero, row.nonfinite = total.changed, total.nonfinite
-        row.relative = total.norm / whole.norm if whole.squares else None
+        row.relative = total.norm / whole.norm if whole.norm else None
     return row

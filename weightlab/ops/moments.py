@@ -18,28 +18,24 @@ from weightlab.tensors.workspace import Workspace
 
 @dataclass(slots=True)
 class Moments:
-    """Sums over elements, from which norms follow; all in fp64. NaN and infinities are counted and left out."""
+    """Norms and counts over elements, in fp64. NaN and infinities are counted and left out."""
 
     count: int = 0
-    squares: float = 0.0
+    norm: float = 0.0
     largest: float = 0.0
     changed: int = 0
     nonfinite: int = 0
 
     def add(self, other: Moments) -> None:
         self.count += other.count
-        self.squares += other.squares
+        self.norm = math.hypot(self.norm, other.norm)  # squares would leave the range of fp64
         self.largest = max(self.largest, other.largest)
         self.changed += other.changed
         self.nonfinite += other.nonfinite
 
     @property
-    def norm(self) -> float:
-        return math.sqrt(self.squares)
-
-    @property
     def rms(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
+        return self.norm / math.sqrt(self.count) if self.count else 0.0
 
 
 def moments(source: Source, names: Sequence[str], resources: Resources) -> dict[str, Moments]:
@@ -78,5 +74,8 @@ def _moments(stored: Tensor, workspace: Workspace) -> Moments:
     if nonfinite:
         values[bad] = 0.0
     low, high = (float(v) for v in torch.aminmax(values))
-    squares = float(torch.linalg.vector_norm(values)) ** 2
-    return Moments(stored.numel(), squares, max(-low, high), int(torch.count_nonzero(values)) + nonfinite, nonfinite)
+    largest = max(-low, high)
+    changed = int(torch.count_nonzero(values)) + nonfinite
+    scale = 1.0 if 1e-150 < largest < 1e150 else largest or 1.0
+    norm = scale * float(torch.linalg.vector_norm(values.div_(scale) if scale != 1.0 else values))
+    return Moments(stored.numel(), norm, largest, changed, nonfinite)

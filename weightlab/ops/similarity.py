@@ -314,7 +314,7 @@ def _summable(sources: Sequence[Source], chosen: Chosen) -> list[str]:
 
 def _norm(base: Source, names: Sequence[str], resources: Resources) -> float:
     stored = sorted({base.aliases.get(n, n) for n in names} & base.specs.keys())
-    return math.sqrt(sum(m.squares for m in moments(base, stored, resources).values()))
+    return math.hypot(*(m.norm for m in moments(base, stored, resources).values()))
 
 
 def _cosines(products: Gram) -> list[list[float]]:
