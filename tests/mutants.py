@@ -5,7 +5,8 @@
 A change is a comparison turned (`<` to `<=`, `==` to `!=`, `in` to `not in`), an operator exchanged (`+` for `-`, `and`
 for `or`), a number one larger, a truth value flipped or a condition negated. A sample of all that are possible is drawn
 by the seed. Each is made in a copy of the project and judged by the tests in the folder of `tests/` that mirrors the
-file's own (for a file of no folder, the tests in none): first those that run the changed function, the quick ones
+file's own (for a file of no folder, the tests in none; for one that is named after another folder, as `ops/stack.py`
+is, the tests of both): first those that run the changed function, the quick ones
 first, then all others of the folder. A change that no test notices is printed with its line: it lacks a test, or it is
 equivalent. Tests that fail before anything is changed are named and notice nothing.
 
@@ -213,10 +214,16 @@ def _is_arithmetic(node: ast.AST) -> bool:
 
 
 def folder_of(file: Path) -> list[str]:
-    """What pytest is given for a file of the library: the folder that mirrors its own, or the tests in none."""
+    """What pytest is given for a file of the library: the folder that mirrors its own, or the tests in none.
+
+    The first word of a file's name may be another folder's (`ops/stack.py`, `extract/_adapter_places.py`): then its
+    tests lie there too.
+    """
     inside = file.relative_to(ROOT / "weightlab").parts
+    word = file.stem.strip("_").split("_")[0]
     if len(inside) > 1 and (ROOT / "tests" / inside[0]).is_dir():
-        return [f"tests/{inside[0]}"]
+        named = [inside[0], *(name for name in (word, f"{word}s") if name != inside[0])]
+        return [f"tests/{name}" for name in named if (ROOT / "tests" / name).is_dir()]
     return sorted(str(test.relative_to(ROOT)) for test in (ROOT / "tests").glob("test_*.py"))
 
 

@@ -93,6 +93,10 @@ def test_whose_tests_judge_a_file(mutants: ModuleType, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert mutants.folder_of(tmp_path / "weightlab" / "room" / "inner" / "x.py") == ["tests/room"]
+    (tmp_path / "tests" / "doors").mkdir()
+    assert mutants.folder_of(tmp_path / "weightlab" / "room" / "_door_frames.py") == ["tests/room", "tests/doors"]
+    assert mutants.folder_of(tmp_path / "weightlab" / "doors" / "door.py") == ["tests/doors"]
+    assert mutants.folder_of(tmp_path / "weightlab" / "room" / "doorway.py") == ["tests/room"]
     top = ["tests/test_a.py", "tests/test_b.py"]
     assert mutants.folder_of(tmp_path / "weightlab" / "x.py") == top
     assert mutants.folder_of(tmp_path / "weightlab" / "hall" / "x.py") == top
