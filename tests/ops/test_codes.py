@@ -327,3 +327,12 @@ def test_names_and_renames_keep_codes(tmp_path: Path) -> None:
         wl.diff(mixed(), named, renames={"net.": ""}, exclude="*scale_inv")
     with pytest.raises(WeightlabError):
         wl.diff(mixed(), {n: t for n, t in named.items() if "scale" not in n}, renames={"net.": ""})
+
+
+def test_integers_in_one_of_three_are_named_where_they_are(tmp_path: Path) -> None:
+    for name, dtype in (("base", torch.float32), ("tuned", torch.int64), ("target", torch.float32)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(2, 2, dtype=dtype)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(MisfitError, match="tuned: no sums are defined on tensors of integers") as failed:
+        wl.transfer(*(tmp_path / name for name in ("base", "tuned", "target")), tmp_path / "out")
+    assert failed.value.offenders == ("w I64[2, 2]",)
