@@ -334,7 +334,7 @@ def test_integers_in_one_of_three_are_named_where_they_are(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         save_file({"w": torch.ones(2, 2, dtype=dtype)}, tmp_path / name / "model.safetensors")
     with pytest.raises(MisfitError, match="tuned: no sums are defined on tensors of integers") as failed:
-        wl.transfer(*(tmp_path / name for name in ("base", "tuned", "target")), tmp_path / "out")
+        wl.transfer(tmp_path / "base", tmp_path / "tuned", tmp_path / "target", tmp_path / "out")
     assert failed.value.offenders == ("w I64[2, 2]",)
 
 

@@ -14,6 +14,7 @@ from weightlab_cli.main import run
 import weightlab as wl
 from weightlab.files import links
 from weightlab.ops import new_checkpoint
+from weightlab.ops.companions import copy_companions
 from weightlab.twin.split import twin_split
 
 DIGEST = "0123456789abcdef" * 4
@@ -115,7 +116,7 @@ def test_a_link_that_comes_after_the_check_is_noticed(
     (tmp_path / "secret").write_text("sesame")
     base = model(tmp_path / "base")
     (base / "LICENSE").write_text("licence")
-    copy = new_checkpoint.copy_companions
+    copy = copy_companions
 
     def swapped(folder: Path, names: list[Path], out: Path) -> int:
         (base / "LICENSE").unlink()
