@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightlab_cli.output import Output, size
@@ -26,7 +27,7 @@ def show_stack(output: Output, model: str, patches: list[PatchOnInfo]) -> None:
 
 def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None:
     """What a change of a model did."""
-    from weightlab.ops.companions import REASONS, kind_of
+    from weightlab.ops.companions import reason_of
 
     dry = outcome.dry_run
     output.result(outcome, **({"memory": resources.expected_memory()} if dry else {}))
@@ -40,7 +41,7 @@ def show_outcome(output: Output, outcome: Outcome, resources: Resources) -> None
     for note in outcome.notes:
         output.line(note)
     for name in outcome.left_out:
-        output.line(f"left out: {name} ({REASONS[kind_of(name) or 'weights']})")
+        output.line(f"left out: {name} ({reason_of(Path(outcome.model), name)})")
     show_stack(output, outcome.out or outcome.model, outcome.patches)
 
 

@@ -155,3 +155,13 @@ def test_replace_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         replace_file(tmp_path / "state", b"three")
     assert (tmp_path / "state").read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["a\0b", "caf\udce9", "\ud800"])
+def test_names_that_no_reader_could_open(tmp_path: Path, write: Make, name: str) -> None:
+    with pytest.raises(StorageError, match="no path for output"):
+        write(tmp_path / name)
+    with pytest.raises(StorageError, match="no path for output"):
+        write(tmp_path / name / "x")
+    assert not list(tmp_path.iterdir())

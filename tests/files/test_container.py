@@ -224,3 +224,12 @@ def test_odd_names_go_all_the_way(tmp_path: Path) -> None:
         "tuned.safetensors",
         *(f"{e}.safetensors" for e in ("exac", "dens", "low_", "sign")),
     }
+
+
+def test_a_path_that_the_library_cannot_open_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9.safetensors"
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(path)
+    with pytest.raises(MissingInputError, match="no UTF-8") as failed:
+        read_header(path)
+    assert failed.value.remedy == "rename it"

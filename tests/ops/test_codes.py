@@ -327,3 +327,52 @@ def test_names_and_renames_keep_codes(tmp_path: Path) -> None:
         wl.diff(mixed(), named, renames={"net.": ""}, exclude="*scale_inv")
     with pytest.raises(WeightlabError):
         wl.diff(mixed(), {n: t for n, t in named.items() if "scale" not in n}, renames={"net.": ""})
+
+
+def test_integers_in_one_of_three_are_named_where_they_are(tmp_path: Path) -> None:
+    for name, dtype in (("base", torch.float32), ("tuned", torch.int64), ("target", torch.float32)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(2, 2, dtype=dtype)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(MisfitError, match="tuned: no sums are defined on tensors of integers") as failed:
+        wl.transfer(tmp_path / "base", tmp_path / "tuned", tmp_path / "target", tmp_path / "out")
+    assert failed.value.offenders == ("w I64[2, 2]",)
+
+
+def test_a_signature_beside_codes(tmp_path: Path) -> None:
+    """Codes that are the same in all three are no part of it; codes that differ are refused."""
+    start, clean, robust = (save(tmp_path / f"m{seed}", mixed(seed), CONFIG) for seed in (0, 3, 5))
+    patch = wl.signature(start, clean, robust, encode="dense:fp32")
+    assert set(patch.records) == {f"{Q}.weight", f"{V}.weight"}
+    a, d = (loaded(m)[f"{Q}.weight"].double() - loaded(start)[f"{Q}.weight"].double() for m in (clean, robust))
+    right = d - (d * a).sum() / (a * a).sum() * a
+    on = wl.apply(loaded(clean) | {"x": torch.zeros(1)}, patch)[f"{Q}.weight"].double()
+    assert torch.allclose(on - loaded(clean)[f"{Q}.weight"].double(), right, atol=2**-6, rtol=2**-6)
+    other = mixed(5)
+    other[f"{UP}.weight"] = random(64, 32, seed=9).to(FP8)
+    with pytest.raises(MisfitError, match="requantising") as failed:
+        wl.signature(start, clean, save(tmp_path / "other", other, CONFIG))
+    assert [line.split()[0] for line in failed.value.offenders] == [f"{UP}.weight"]
+    with pytest.raises(MisfitError, match="requantising"):
+        wl.signature(start, clean, robust, layers="*up_proj*")
+
+
+def test_packed_codes_that_differ_are_no_part_of_a_signature_without_a_word(tmp_path: Path) -> None:
+    def state(seed: int, codes: int) -> State:
+        return {
+            "layers.0.attn.weight": random(8, 8, seed=seed),
+            "layers.0.experts_blocks": torch.full((2, 4, 1, 16), codes, dtype=torch.uint8),
+            "layers.0.experts_scales": torch.full((2, 4, 1), 120, dtype=torch.uint8),
+        }
+
+    with pytest.raises(MisfitError, match="requantising"):
+        wl.signature(state(0, 1), state(1, 1), state(2, 9))
+    assert set(wl.signature(state(0, 1), state(1, 1), state(2, 1)).records) == {"layers.0.attn.weight"}
+
+
+def test_models_of_codes_alone_are_not_compared(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "next_year"}}
+    folders = [save(tmp_path / f"m{seed}", {f"{Q}.weight": mixed(seed)[f"{Q}.weight"]}, config) for seed in (0, 3)]
+    with pytest.raises(MisfitError, match="can be summed"):
+        wl.compare(folders)
+    patches = [wl.diff(folders[0], f, tmp_path / f"p{i}.safetensors") for i, f in enumerate(folders)]
+    assert [m.cosine for m in wl.identify(patches[0], [patches[1]], base=folders[0])] == [0.0]

@@ -78,9 +78,26 @@ def renamed() -> tuple[str, str, str]:
     return "m/mine.safetensors", "m/model.safetensors", "m/mine.safetensors"
 
 
+def renamed_shard() -> tuple[str, str, str]:
+    """A patched shard has another name now, and the index is there."""
+    shutil.copy("clean.safetensors", "m/s.safetensors")
+    index(f"m/{INDEX}", "s.safetensors")
+    wl.apply("m", "p.safetensors", in_place=True)
+    os.rename("m/s.safetensors", "m/mine.safetensors")
+    return "m/mine.safetensors", f"m/{INDEX}", "m/mine.safetensors"
+
+
+def second_name() -> tuple[str, str, str]:
+    """A hard link of a patched file in the same folder."""
+    shutil.copy("clean.safetensors", "m/model.safetensors")
+    wl.apply("m", "p.safetensors", in_place=True)
+    os.link("m/model.safetensors", "m/second.safetensors")
+    return "m/second.safetensors", "m/model.safetensors", "m/second.safetensors"
+
+
 Makes = Callable[[], tuple[str, str, str]]
 WHOLE = [beside, two_indexes, linked]
-GONE = [without_index, renamed, module]
+GONE = [without_index, renamed, renamed_shard, module]
 
 
 @pytest.fixture
@@ -95,7 +112,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("make", [*WHOLE, *GONE])
+@pytest.mark.parametrize("make", [*WHOLE, *GONE, second_name])
 def test_no_reader_takes_it_for_clean(weightlab: Weightlab, place: Path, make: Makes) -> None:
     other, anchor, file = make()
     before = content(place)
@@ -133,7 +150,25 @@ def test_it_comes_off_where_it_went_on(weightlab: Weightlab, place: Path, make: 
         assert load_file(file)["w"].tolist() == [[3.0] * 4] * 4
 
 
-@pytest.mark.parametrize("make", [without_index, renamed])
+def test_a_second_name_comes_off_with_a_copy(weightlab: Weightlab, place: Path) -> None:
+    """As the messages say, one after the other."""
+    _, anchor, _ = second_name()
+    refused = weightlab("remove", anchor, "--all")
+    assert refused.code == 4 and "--links copy" in refused.err
+    assert weightlab("remove", anchor, "--all", "--links", "copy").code == 0
+    assert Path(anchor).read_bytes() == Path("clean.safetensors").read_bytes()
+
+
+def test_a_file_that_is_given_back_comes_off(weightlab: Weightlab, place: Path) -> None:
+    other, anchor, file = renamed_shard()
+    refused = weightlab("verify", other)
+    assert "give s.safetensors back" in refused.err
+    os.rename(file, "m/s.safetensors")
+    assert weightlab("remove", anchor, "--all").code == 0
+    assert Path("m/s.safetensors").read_bytes() == Path("clean.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("make", [without_index, renamed, renamed_shard])
 def test_a_record_without_its_file_is_dropped(weightlab: Weightlab, place: Path, make: Makes) -> None:
     other, anchor, file = make()
     before = Path(file).read_bytes()

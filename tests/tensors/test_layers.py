@@ -93,3 +93,8 @@ def test_globs_choose_tensors_too_and_what_fits_nothing_is_listed() -> None:
 def test_first_takes_a_number(count: str) -> None:
     with pytest.raises(UsageError, match="first"):
         choose(layers_in(VIT, VIT), [f"first:{count}"])
+
+
+def test_modules_in_folders_come_after_the_models_own() -> None:
+    names = ["2_Dense/linear.weight", "encoder.w", "embed.weight"]
+    assert [layer.name for layer in layers_in(names)] == ["embed", "encoder", "2_Dense/linear"]

@@ -11,7 +11,7 @@ vector than its parts, so the scope of the projection is a choice, and recorded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from weightlab.sources.virtual.difference import DifferenceSource
 from weightlab.sources.virtual.joined import JoinedSource
 from weightlab.sources.virtual.projected import ProjectedSource
 from weightlab.sources.virtual.zeros import ZeroSource
+from weightlab.stream.executor import Resources
 from weightlab.tensors.codes import refusal, require_same_form
 from weightlab.tensors.layers import Layer, choose, layers_in
 from weightlab.tensors.match import misfit
@@ -99,7 +100,7 @@ def signature_sources(
         raise UsageError(
             f"--norm {mode} is for layers with running statistics, and {clean.label} has none", "leave it out"
         )
-    layers = _chosen(clean, (robust, pretrained), {*affine, *statistics}, signature)
+    layers = _chosen(clean, (robust, pretrained), {*affine, *statistics}, signature, options.resources)
     weights = [n for layer in layers for n in layer.tensors]
     moved = [] if mode == "keep" else [*affine, *statistics]
     measured = signature.statistics
@@ -127,20 +128,26 @@ def signature_sources(
     return diff_sources(ZeroSource({n: clean.specs[n] for n in source.specs}), source, out, options)
 
 
-def _chosen(clean: Source, others: Sequence[Source], apart: set[str], signature: SignatureOptions) -> list[Layer]:
-    """The chosen layers, without what cannot be projected.
+def _chosen(
+    clean: Source, others: Sequence[Source], apart: set[str], signature: SignatureOptions, resources: Resources
+) -> list[Layer]:
+    """The chosen layers, without what cannot be projected: integers, and codes that are the same in all three.
 
     Raises:
-        MisfitError: weights that are codes, which have no difference.
+        MisfitError: lists codes that differ; or no layer that was chosen has a tensor with a difference.
     """
-    names = [n for n in clean.specs if n not in apart]
-    layers = choose(
-        layers_in([n for n in names if clean.specs[n].is_float], signature.order, signature.units), signature.layers
-    )
-    codes = [n for layer in layers for n in layer.tensors if any(n in source.opaque for source in (clean, *others))]
-    if codes:
-        raise refusal(clean, *others, names=codes)
-    return layers
+    models = (clean, *others)
+    coded = {n for source in models for n in source.codes}
+    names = [n for n in clean.specs if n not in apart and (clean.specs[n].is_float or n in coded)]
+    layers = choose(layers_in(names, signature.order, signature.units), signature.layers)
+    fixed = [n for layer in layers for n in layer.tensors if any(n in source.opaque for source in models)]
+    digests = [digest_tensors(s, [n for n in fixed if n in s.specs], resources) for s in models]
+    differing = [n for n in fixed if len({found.get(n) for found in digests}) > 1]
+    opaque = set(fixed)
+    left = [replace(x, tensors=tuple(n for n in x.tensors if n not in opaque)) for x in layers]
+    if differing or (fixed and not any(layer.tensors for layer in left)):
+        raise refusal(*models, names=differing or fixed)
+    return [layer for layer in left if layer.tensors]
 
 
 def _require_fit(clean: Source, *others: tuple[str, Source, Sequence[str]]) -> None:

@@ -23,6 +23,13 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
         NotPatchableError: a file, or a folder that is not empty, is there already.
         StorageError: the folder it should go into does not exist, or the name is none for the file system.
     """
+    wrong = "a NUL is in it" if "\0" in os.fspath(path) else ""
+    try:
+        os.fspath(path.absolute()).encode()
+    except UnicodeEncodeError:
+        wrong = "it is no UTF-8, and the safetensors library opens no such file"
+    if wrong:
+        raise StorageError(f"{path}: no path for output: {wrong}", "choose another name")
     with disk.storage_errors(path):
         clear_left(path)
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):

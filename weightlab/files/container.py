@@ -89,6 +89,10 @@ def read_header(path: Path) -> Header:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
+        if os.fsencode(path).decode(errors="replace") != str(path):
+            raise MissingInputError(
+                f"{path}: its path is no UTF-8, and the safetensors library opens no such file", "rename it"
+            ) from error
         raise _malformed(path, f"the safetensors library refuses it: {error}") from error
     except (OSError, RuntimeError) as error:  # it was there just now, and torch cannot open it
         raise MissingInputError(f"{path}: {error}", "check the path") from error

@@ -238,17 +238,24 @@ def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, length:
     _saw("copy", path, begin, size)
 
 
-def copy_file(source: Path, target: Path, *, within: int | None = None) -> int:
+def copy_file(source: Path, target: Path, *, within: int | None = None, opened: int | None = None) -> int:
     """Copies a whole file to one that does not exist yet; returns its size.
 
     Args:
         within: the descriptor of the target's folder.
+        opened: that of the source, where the caller has one.
     """
     fd = create(target, within=within)
     try:
-        with storage_errors(source), source.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            copy_range(opened.fileno(), 0, fd, 0, size, target)
+        with storage_errors(source):
+            begun = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if opened is None else opened
+        try:
+            with storage_errors(source):
+                size = os.fstat(begun).st_size
+            copy_range(begun, 0, fd, 0, size, target)
+        finally:
+            if opened is None:
+                os.close(begun)
     finally:
         os.close(fd)
     return size

@@ -164,6 +164,14 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFi
         why = "a symbolic link, which is not followed" if getattr(cause, "errno", 0) == errno.ELOOP else _reason(cause)
         raise MissingInputError(f"{path}: {why}", "check the path") from cause
     try:
+        return read_opened(fd, path, limit=limit, error=error)
+    finally:
+        os.close(fd)
+
+
+def read_opened(fd: int, path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFileError) -> bytes:
+    """The content of a file that is open already; `path`: what to call it. Errors as for `read_bytes`."""
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise MissingInputError(f"{path}: no plain file", "check the path")
@@ -176,8 +184,6 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES, error: Error = MalformedFi
             left -= len(part)
     except OSError as cause:
         raise MissingInputError(f"{path}: {_reason(cause)}", "check the path and the disk") from cause
-    finally:
-        os.close(fd)
     if not left:
         raise error(f"{path}: more than {limit:,} bytes", _AGAIN)
     return b"".join(parts)

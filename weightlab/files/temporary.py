@@ -37,11 +37,11 @@ def fitting(name: str, *, before: str = "", after: str = "") -> str:
     A name that has room is only put between `before` and `after`.
     """
     whole = before + name + after
-    if len(whole.encode()) <= MAX_NAME:
+    if len(os.fsencode(whole)) <= MAX_NAME:
         return whole
-    room = MAX_NAME - len((before + after).encode()) - _DIGEST - 1
-    head = name.encode()[:room].decode(errors="ignore")
-    return f"{before}{head}~{bytes_digest(name.encode())[:_DIGEST]}{after}"
+    room = MAX_NAME - len(os.fsencode(before + after)) - _DIGEST - 1
+    raw = os.fsencode(name)  # which may be no UTF-8
+    return f"{before}{raw[:room].decode(errors='ignore')}~{bytes_digest(raw)[:_DIGEST]}{after}"
 
 
 def _proof(fd: int) -> str:

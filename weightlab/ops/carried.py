@@ -11,6 +11,7 @@ from typing import Any
 
 from weightlab.errors import MisfitError
 from weightlab.files.foreign import read_bytes, read_json
+from weightlab.files.links import read_inside
 from weightlab.networks.vocabulary import TOKENIZER_BYTES, TOKENIZER_FILES, fast_tokenizer, tokens_of
 from weightlab.tensors.vocabulary import RowPlan
 
@@ -74,7 +75,7 @@ def _take(found: Carried, base: Path, tuned: Path, name: str) -> None:
     mine = tuned / name
     if not mine.is_file():
         return
-    content = read_bytes(mine, limit=TOKENIZER_BYTES)
+    content = read_inside(tuned, name, limit=TOKENIZER_BYTES)
     if not (base / name).is_file() or content != read_bytes(base / name, limit=TOKENIZER_BYTES):
         found.files[name] = content
         found.fields.append(name)

@@ -14,12 +14,13 @@ from typing import Literal, TypeAlias
 
 from weightlab.errors import MissingInputError
 from weightlab.files import disk
+from weightlab.files.links import open_inside, refuse_leading_out
 from weightlab.sources import is_adapter_file, is_training_file
 from weightlab.stack.state import FOLDER
 
 Kind: TypeAlias = Literal["weights", "adapter", "training"]
 
-REASONS: dict[Kind, str] = {
+_REASONS: dict[Kind, str] = {
     "weights": "other weights, without the patch",
     "adapter": "an adapter, which loaders would put on top",
     "training": "a trainer's, not the model's",
@@ -52,6 +53,14 @@ def kind_of(name: str) -> Kind | None:
     return "weights" if file.endswith(_WEIGHTS) or _INDEX.fullmatch(file) else None
 
 
+def reason_of(folder: Path, name: str) -> str:
+    """Why something beside a model is left out of a new checkpoint."""
+    if name.endswith("/") and (folder / name[:-1]).is_symlink():
+        return "a link to a folder, which is not followed"
+    kind = kind_of(name)
+    return _REASONS[kind] if kind is not None else "no plain file"
+
+
 def companions(folder: Path, model_files: Collection[str]) -> tuple[list[Path], list[str]]:
     """Finds the companions of a model.
 
@@ -59,10 +68,11 @@ def companions(folder: Path, model_files: Collection[str]) -> tuple[list[Path], 
         model_files: the model's own files, relative to the folder.
 
     Returns:
-        (paths relative to the folder, to copy; what is left out, trainers' folders as a whole with a `/` at the end).
+        (paths relative to the folder, to copy; what is left out, folders as a whole with a `/` at the end).
 
     Raises:
         MissingInputError: lists symbolic links that point nowhere.
+        MalformedFileError: lists those that lead out of the folder, see `weightlab.files.links`.
     """
     kept: list[Path] = []
     left: list[str] = []
@@ -77,10 +87,13 @@ def companions(folder: Path, model_files: Collection[str]) -> tuple[list[Path], 
             broken.append(name)
         elif path.is_file():
             kept.append(Path(name))
+        else:
+            left.append(name)
     if broken:
         raise MissingInputError(
             f"{folder}: symbolic links that point nowhere", "get the files, or remove the links", broken
         )
+    refuse_leading_out(folder, map(str, kept))
     return kept, left
 
 
@@ -92,13 +105,17 @@ def stale_weights(folder: Path, model_files: Collection[str]) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All files, relative to the folder; of a trainer's folder its own name, and `/`."""
-    for place, folders, files in os.walk(folder):
+    """All files, relative to the folder; of a trainer's folder, and of a link to a folder, its own name, and `/`."""
+
+    def unreadable(error: OSError) -> None:
+        raise disk.storage_error(error.filename, error) from error
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         relative = Path(place).relative_to(folder)
         inner = sorted(f for f in folders if f not in _NOT_OURS and not f.endswith(_TEMPORARY))
-        trainers = [f for f in inner if _FOLDERS_OF_TRAINERS.fullmatch(f)]
-        yield from (f"{(relative / f).as_posix()}/" for f in trainers)
-        folders[:] = [f for f in inner if f not in trainers]
+        whole = [f for f in inner if _FOLDERS_OF_TRAINERS.fullmatch(f) or os.path.islink(os.path.join(place, f))]
+        yield from (f"{(relative / f).as_posix()}/" for f in whole)
+        folders[:] = [f for f in inner if f not in whole]
         yield from ((relative / name).as_posix() for name in sorted(files))
 
 
@@ -107,8 +124,17 @@ def copy_companions(folder: Path, names: list[Path], out: Path) -> int:
     total = 0
     for name in names:
         make_parents(out, name)
-        total += disk.copy_file(folder / name, out / name)
+        total += copy_inside(folder, name, out)
     return total
+
+
+def copy_inside(folder: Path, name: Path, out: Path) -> int:
+    """Copies a file of a folder, unless it has become a link out of it; returns how many bytes."""
+    fd = open_inside(folder, str(name))
+    try:
+        return disk.copy_file(folder / name, out / name, opened=fd)
+    finally:
+        os.close(fd)
 
 
 def make_parents(out: Path, name: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from weightlab.adapters.config import read_config
 from weightlab.adapters.opening import peft_folder
 from weightlab.errors import MisfitError, UsageError
-from weightlab.files.foreign import read_bytes, read_json
-from weightlab.networks.vocabulary import TOKENIZER_FILES, vocabulary_tensors
+from weightlab.files.foreign import read_json
+from weightlab.files.links import read_inside
+from weightlab.networks.vocabulary import TOKENIZER_BYTES, TOKENIZER_FILES, vocabulary_tensors
 from weightlab.ops.operands import PatchLike, PathLike, adapter_at, model_path
 from weightlab.patches.fit import StackEntry
 from weightlab.sources import open_source
@@ -118,7 +119,7 @@ def _sizes(tree: Any) -> Iterator[dict[str, Any]]:
 def _take_tokenizer(adapter: Path, found: Grown) -> None:
     names = [name for name in _TOKENIZER if (adapter / name).is_file()]
     twice = [name for name in names if name in found.files]
-    files = {name: read_bytes(adapter / name) for name in names}
+    files = {name: read_inside(adapter, name, limit=TOKENIZER_BYTES) for name in names}
     differ = [name for name in twice if files[name] != found.files[name]]
     if differ:
         raise MisfitError("two adapters bring tokenizers that differ", "put them on one by one", differ)

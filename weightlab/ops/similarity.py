@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightlab.errors import NamesMismatchError, UsageError
+from weightlab.errors import MisfitError, NamesMismatchError, UsageError
 from weightlab.extract.adapter import AdapterOptions
 from weightlab.extract.gram import Gram, cosine, gram, joined
 from weightlab.extract.match import renamed
@@ -105,6 +105,7 @@ def compare(
     Raises:
         UsageError: fewer than two, or patches beside checkpoints without a base.
         NamesMismatchError: lists the tensors whose shapes differ.
+        MisfitError: there is nothing but integers and codes.
     """
     if len(operands) < 2:
         raise UsageError("there is nothing to compare with", "give two or more")
@@ -112,6 +113,11 @@ def compare(
     chosen = Chosen(patterns(include), patterns(exclude), renames)
     with _vectors(operands, base, key, wait, resources, chosen) as (sources, source, kind):
         names = _summable(sources, chosen)
+        if not names:
+            raise MisfitError(
+                "none of them has a tensor that can be summed: integers and codes of quantised checkpoints cannot",
+                "compare them bit for bit with `weightlab diff A B`",
+            )
         products = gram(sources, names, resources)
         weights = 0.0 if source is None else _norm(source, names, resources)
     count = len(sources)
@@ -165,9 +171,10 @@ def identify(
             if kind != "changes":
                 raise UsageError("checkpoints are not identified", "give patches")
             names = _summable(sources, chosen)
-            both = joined(gram(sources, names, resources), names)
+            products = gram(sources, names, resources)
+            alike = cosine(joined(products, names), 0, 1) if names else 0.0
             shared = sum(all(n in s.specs for s in sources) for n in names)
-        matches.append(Match(_label(entry), cosine(both, 0, 1), shared))
+        matches.append(Match(_label(entry), alike, shared))
     return sorted(matches, key=lambda m: (-m.cosine, m.label))
 
 

@@ -143,7 +143,7 @@ def transfer(
             done.notes += _alone(base, target, renames, select([*target.specs], include, exclude))
         done.notes += adapters_beside(source_base, source_tuned)
         done.kept = _integers(base, tuned, target, options.resources)
-    if forecast and rows != "by-id":
+    if forecast and rows != "by-id" and any(name not in moved for name in names):
         done.forecast = connectivity(
             source_base,
             source_tuned,

@@ -2,7 +2,7 @@
 
 A record belongs to an anchor: a file or an index. The same bytes can be reached through another one: an index that came
 beside a patched file, a second index with the same shard, a shard by itself when its index is gone, a folder of which
-one module is patched, a link. Who took such bytes for clean would change them twice.
+one module is patched, a link or a second name. Who took such bytes for clean would change them twice.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ _ABOVE = 3
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Patches on some of a checkpoint's files, recorded for another anchor."""
+    """Patches on some of a checkpoint's files, recorded for another anchor.
+
+    `gone`: the anchor, or recorded files, that are not there under their names any more.
+    """
 
     anchor: Path
     state: StackState
     files: list[str]
+    gone: list[str]
 
     @property
     def line(self) -> str:
@@ -46,20 +50,27 @@ def refuse_elsewhere(path: Path, source: LocalSource) -> None:
 
 
 def patched_elsewhere(path: Path, found: Sequence[Found]) -> IntegrityError:
-    gone = [f.anchor for f in found if not f.anchor.is_file()]
     remedy = f"take them off there first: weightlab remove {found[0].anchor} --all"
-    if gone:
-        remedy = f"give {gone[0].name} back, or keep the files and drop the record: weightlab remove {gone[0]} --forget"
+    for f in found:
+        if f.gone:
+            names = ", ".join(f.gone)
+            remedy = f"give {names} back, or keep the files and drop the record: weightlab remove {f.anchor} --forget"
+            break
     return IntegrityError(f"{path}: it has patches on that went on under another name", remedy, [f.line for f in found])
 
 
 def elsewhere(source: LocalSource) -> Iterator[Found]:
     """What is on a checkpoint's files and recorded for another anchor than its own."""
     own = os.path.realpath(source.folder)
-    real = {os.path.realpath(source.folder / file): file for file in source.headers}
+    mine: dict[tuple[int, int], str] = {}
+    homes = {own}
+    for file in source.headers:
+        path = os.path.join(source.folder, file)
+        if (found := _identity(path)) is not None:
+            mine[found] = file
+        homes.add(os.path.dirname(os.path.realpath(path)))
     digests = {header.digest: file for file, header in source.headers.items()}
     # Where a file itself lies, and the folders above: there it may be a part of a larger model.
-    homes = {own, *(os.path.dirname(p) for p in real)}
     for _ in range(_ABOVE):
         homes |= {os.path.dirname(home) for home in homes}
     for home in sorted(homes):
@@ -72,9 +83,21 @@ def elsewhere(source: LocalSource) -> Iterator[Found]:
                 state = place.read_stack()
                 if not state.patches:
                     continue
-                touched = {os.path.realpath(os.path.join(home, file)) for file in state.headers}
-                files = sorted(real[p] for p in touched & real.keys())
-                if not files and home == own and not place.has_anchor():  # or has it another name now?
-                    files = sorted(digests[d] for d in set(state.headers.values()) & digests.keys())
+                there = {file: _identity(os.path.join(home, file)) for file in state.headers}
+                files = sorted({mine[i] for i in there.values() if i in mine})
+                gone = [file for file, i in there.items() if i is None]
+                if home == own and not files:  # or have they other names now?
+                    lost = {state.headers[file] for file in (gone if place.has_anchor() else there)}
+                    files = sorted(digests[d] for d in lost & digests.keys())
                 if files:
-                    yield Found(Path(home) / place.anchor, state, files)
+                    gone = gone if place.has_anchor() else [place.anchor]
+                    yield Found(Path(home) / place.anchor, state, files, gone)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What stays the same under all names of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -6,7 +6,7 @@ has all that changed of one module. What is refused is said here, for all comman
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,15 +70,26 @@ def refusal(source: Coded, *more: Coded, names: Iterable[str]) -> MisfitError:
         lines |= dict.fromkeys(described(every, met))
         labels |= {every.label: None} if met else {}
         left = {name: None for name in left if name not in met}
-    others = [str(source.specs.get(source.aliases.get(name, name), name)) for name in left]
+    owners = {name: _with_integers((source, *more), name) for name in left}
+    others = [str(s.specs.get(s.aliases.get(name, name), name)) for name, s in owners.items()]
     if not labels:
-        return MisfitError(f"{source.label}: no sums are defined on tensors of integers", "leave these out", others)
+        label = next(iter(owners.values()), source).label
+        return MisfitError(f"{label}: no sums are defined on tensors of integers", "leave these out", others)
     return MisfitError(
         f"{', '.join(labels)}: these weights are codes of a quantised checkpoint, on which no sums are defined, and "
         "requantising is not done yet",
         REMEDY,
         [*lines, *others],
     )
+
+
+def _with_integers(sources: Sequence[Coded], name: str) -> Coded:
+    """The first that has a tensor of integers under a name."""
+    for source in sources:
+        spec = source.specs.get(source.aliases.get(name, name))
+        if spec is not None and not spec.is_float:
+            return source
+    return sources[0]
 
 
 def described(source: Coded, met: Mapping[str, Code]) -> list[str]:

@@ -1,7 +1,8 @@
 """The layers of a network, in order, and choosing some of them.
 
 A layer is what a network repeats: a numbered block, or what stands alone. Names decide which tensors go together;
-their order is that of the modules where it is known, and otherwise the natural order of the names.
+their order is that of the modules where it is known, and otherwise the natural order of the names. What lies in folders
+below the model's own (`2_Dense/linear`) comes after it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def layers_in(names: Collection[str], order: Sequence[str] | None = None, units:
     if units:
         return _as_said(names, units)
     places = {name: index for index, name in enumerate(order or ())}
-    ordered = sorted(names, key=lambda n: (places.get(n, len(places)), natural_key(n)))
+    ordered = sorted(names, key=lambda n: (places.get(n, len(places)), "/" in n, natural_key(n)))
     groups: dict[str, list[str]] = {}
     for name in ordered:
         groups.setdefault(unit_of(name), []).append(name)

@@ -21,7 +21,7 @@ from weightlab.files.atomic import atomic_folder, refuse_existing, replace_file
 from weightlab.files.digest import fingerprint
 from weightlab.methods import METHODS, Deltas, Settings
 from weightlab.ops.alike import clean_source
-from weightlab.ops.companions import companions, copy_companions
+from weightlab.ops.companions import companions, copy_companions, copy_inside
 from weightlab.ops.naming import under_names_of
 from weightlab.ops.operands import PathLike, model_path
 from weightlab.patches.compute import digest_tensors
@@ -207,6 +207,5 @@ def _copy_beside(base: Path, folder: Path) -> None:
 
 def _copy_configuration(expert: PathLike, place: Path) -> None:
     for name in CONFIGURATION:
-        file = Path(expert) / name
-        if file.is_file():
-            disk.copy_file(file, place / name)
+        if (Path(expert) / name).is_file():
+            copy_inside(Path(expert), Path(name), place)
