@@ -26,7 +26,6 @@ from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
 
-
 _UNTIED = (
     "the adapter takes tied tensors apart: merge it with peft (merge_and_unload, save_pretrained), which writes both, "
     "then take a diff with --allow added"
@@ -228,8 +227,11 @@ class _Fitting:
                 target.after = TensorSpec(place.stored, spec.dtype, (rows, *spec.shape[1:]))
 
     def _refuse_one_end(self, name: str, place: Place) -> None:
-        """New values of one end of a tie only. The module that `modules_to_save` keeps is a copy of its own in training,
-        so that the other end stays as it was; other values were saved while both were one."""
+        """New values of one end of a tie only.
+
+        What `modules_to_save` names is a copy in training, whose other end stays as it was; what peft saves otherwise
+        it saves while both are one.
+        """
         module, _, own = name.rpartition(".")
         apart = self._adapter.config.is_apart(module)
         others = [other for other in self._places.ends(place.stored) if other != name]

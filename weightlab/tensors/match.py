@@ -24,7 +24,7 @@ class Pairing:
 
 
 def extends_rows(base: TensorSpec, tuned: TensorSpec) -> bool:
-    """Whether `tuned` is `base` with rows appended: same columns, more rows. A vector, as a head's bias, has rows of one."""
+    """Whether `tuned` is `base` with rows appended: the same columns, more rows, which a vector has too."""
     return (
         len(base.shape) == len(tuned.shape) >= 1
         and base.shape[1:] == tuned.shape[1:]
