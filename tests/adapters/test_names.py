@@ -81,7 +81,7 @@ def test_imported(tmp_path: Path) -> None:
     folder, out = adapter(tmp_path / "a"), tmp_path / "p.safetensors"
     assert run(["lora", "import", str(folder), str(tmp_path / "base"), "-o", str(out), "--map", "auto"]) == 0
     is_right(wl.apply(clean, str(out)), clean)
-    with pytest.raises(UsageError, match="inferred from a model's"):
+    with pytest.raises(UsageError, match="needs the model's names"):
         wl.lora_import(folder, tmp_path / "q.safetensors", renames="auto")
 
 

@@ -20,8 +20,9 @@ from weightlab.patches.fit import names_of
 from weightlab.patches.layout import StoredTensor
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal
-from weightlab.tensors.naming import Renames, resolve
+from weightlab.tensors.naming import Renames, infer, resolve
 from weightlab.tensors.naming import options as options_of
+from weightlab.tensors.naming import remedy as tell_renaming
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
@@ -247,7 +248,7 @@ class _Fitting:
         if self._missing or self._wrong or self._untied:
             raise NamesMismatchError(
                 f"{adapter.label} does not fit {base.label}",
-                _UNTIED if self._untied else "give the model that it was trained on",
+                _UNTIED if self._untied else self._renaming() or "give the model that it was trained on",
                 [*self._lacking, *self._missing, *self._wrong, *self._untied],
             )
         if self._lacking:
@@ -257,6 +258,15 @@ class _Fitting:
                 "trained on",
                 self._lacking,
             )
+
+    def _renaming(self) -> str:
+        """The option that gives names a place, where that is all that is wrong; empty where there is none."""
+        nowhere = [name for name, there in self._there.items() if not there]
+        if self._wrong or not nowhere:
+            return ""
+        given, wanted = ({n: TensorSpec(n, "F32", ()) for n in names} for names in (nowhere, names_of(self._base)))
+        found = infer(given, wanted)
+        return tell_renaming(found) if found and found[0].paired == len(nowhere) else ""
 
 
 def _is_there(change: Change, base: Source, spec: TensorSpec) -> bool:
