@@ -16,7 +16,7 @@ from torch import Tensor
 import weightlab as wl
 from tests.sources.test_local import read
 from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsafePickleError
-from weightlab.sources import open_source
+from weightlab.sources import cautions_of, open_source
 
 
 def state() -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def test_tensors_beside_a_state_dict_under_a_usual_key_are_told(tmp_path: Path) 
     torch.save({"state_dict": state(), "mean": torch.ones(3)}, path)
     source = open_source(path)
     assert set(source.specs) == set(state())
-    assert any("left out: mean" in caution for caution in source.cautions)
+    assert any("left out: mean" in caution for caution in cautions_of(source))
     source.close()
 
 
