@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weightlab as wl
@@ -263,6 +263,105 @@ def test_a_vocabulary_that_was_resized(tmp_path: Path, kind: str) -> None:
     assert loaded["model.embed_tokens.weight"].shape == (43, 16) and loaded.keys() == merged.keys()
     for name, tensor in merged.items():
         assert torch.allclose(loaded[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
+
+
+def test_a_head_with_a_bias_that_was_resized(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(**SMALL, num_attention_heads=2, tie_word_embeddings=False)
+    merged = _adapted(
+        tmp_path,
+        transformers.PhiForCausalLM(config),
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        lambda network: network.resize_token_embeddings(43),
+    )
+    wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    loaded = transformers.PhiForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert loaded["lm_head.bias"].shape == (43,) and loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(loaded[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
+
+
+def test_a_tied_head_that_was_resized_with_its_bias(tmp_path: Path) -> None:
+    """BERT's head has its bias under two names; peft saves the one that the files do not have."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    network, options = transformers.BertForMaskedLM(config), {"target_modules": ["query"]}
+    merged = _adapted(tmp_path, network, options, lambda network: network.resize_token_embeddings(43))
+    wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").state_dict()
+    assert loaded["cls.predictions.bias"].shape == (43,) and loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(loaded[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max())), name
+
+
+def test_one_end_of_a_tie_that_was_trained_apart_is_refused(tmp_path: Path) -> None:
+    """peft keeps a copy of the embedding, so the head stays as it was; with `ensure_weight_tying` both are one."""
+    torch.manual_seed(0)
+    merged = _adapted(tmp_path, tied_llama(), {"modules_to_save": ["embed_tokens"]})
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    with pytest.raises(wl.WeightlabError, match=r"lm_head\.weight in the same tensor") as caught:
+        wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    assert caught.value.exit_code == 4 and "--allow added" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    # What the error tells to do gives what peft has.
+    save_file({name: tensor.clone() for name, tensor in merged.items()}, tmp_path / "merged.safetensors")
+    patch = wl.diff(tmp_path / "base", tmp_path / "merged.safetensors", allow=["added"])
+    patch.save(tmp_path / "patch.safetensors")
+    wl.apply(tmp_path / "base", tmp_path / "patch.safetensors", out=tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in merged.items())
+
+
+def test_both_ends_of_a_tie_that_was_kept_are_changed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    merged = _adapted(tmp_path, tied_llama(), options)
+    wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(found, merged["lm_head.weight"]) and torch.equal(found, merged["model.embed_tokens.weight"])
+
+
+def test_trained_tokens_of_the_old_vocabulary_are_not_called_new(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _adapted(tmp_path, llama(), {"trainable_token_indices": [1, 5]})
+    done = wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    assert not any("tokenizer" in note for note in done.notes)
+
+
+def test_trained_tokens_beyond_the_vocabulary_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"trainable_token_indices": [41, 42]}
+    grown = lambda network: network.resize_token_embeddings(43)  # noqa: E731
+    _adapted(tmp_path, llama(), options, grown, save_embedding_layers=False)
+    with pytest.raises(wl.WeightlabError, match="token 42 was trained, and the adapter was saved without"):
+        wl.apply(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+
+
+def _adapted(
+    folder: Path,
+    network: nn.Module,
+    options: dict[str, Any],
+    change: Callable[[Any], Any] = lambda network: None,
+    **saving: Any,
+) -> dict[str, Tensor]:
+    """Writes base/ and adapter/, with random values for all that is trained; what peft merges, by name."""
+    made: Any = network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.save_pretrained(folder / "base")
+        change(made)
+        configuration = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **options})
+        model = peft.get_peft_model(made, configuration)
+        model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder / "adapter", **saving)
+        merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
+    return merged
 
 
 def test_convolutions_in_groups_do_not_fold(tmp_path: Path) -> None:

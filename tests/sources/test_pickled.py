@@ -16,7 +16,7 @@ from torch import Tensor
 import weightlab as wl
 from tests.sources.test_local import read
 from weightlab.errors import InputError, MalformedFileError, MissingInputError, UnsafePickleError
-from weightlab.sources import open_source
+from weightlab.sources import cautions_of, open_source
 
 
 def state() -> dict[str, Tensor]:
@@ -57,6 +57,28 @@ def test_files_of_either_format(tmp_path: Path, suffix: str, new: bool) -> None:
 def test_nested_state_dicts_are_found(tmp_path: Path, nest: Any) -> None:
     torch.save(nest(state()), tmp_path / "x.pt")
     assert same(opened(tmp_path / "x.pt"), state())
+
+
+def test_tensors_beside_the_only_state_dict_are_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({**state(), "head": {"w": torch.ones(2)}}, path)
+    with pytest.raises(InputError, match="tensors lie beside head, which has 1 more") as caught:
+        opened(path)
+    assert caught.value.offenders == tuple(state()) and "--key head" in caught.value.remedy
+    assert same(opened(path, "head"), {"w": torch.ones(2)})  # the user's choice
+    torch.save({"net": {"inner": {"a": state(), "x": torch.ones(1)}}}, path)
+    with pytest.raises(InputError, match=r"beside net\.inner\.a") as caught:
+        opened(path)
+    assert caught.value.offenders == ("net.inner.x",)
+
+
+def test_tensors_beside_a_state_dict_under_a_usual_key_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": state(), "mean": torch.ones(3)}, path)
+    source = open_source(path)
+    assert set(source.specs) == set(state())
+    assert any("left out: mean" in caution for caution in cautions_of(source))
+    source.close()
 
 
 def test_a_key_names_one(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ class Rows:
     def problem(self, shape: tuple[int, ...]) -> str:
         if len(self.places) != self.values.shape[0]:
             return f"{len(self.places)} trained tokens and {self.values.shape[0]} rows"
+        if shape and max(self.places, default=0) >= shape[0]:
+            return f"token {max(self.places)} was trained, and the adapter was saved without the embedding's new rows"
         inside = all(0 <= place < shape[0] for place in self.places)
         return "" if inside and shape[1:] == tuple(self.values.shape[1:]) else f"its rows are {list(self.values.shape)}"
 

@@ -125,6 +125,13 @@ class AdapterConfig:
         pairs = [target.rpartition(".") for target in self.parameters]
         return [name for owner, _, name in pairs if module == owner or module.endswith(f".{owner}") or not owner]
 
+    def is_apart(self, module: str) -> bool:
+        """Whether `modules_to_save` made a copy of a module, which has no ties to what the module was tied to."""
+        saved = self.settings.get("modules_to_save")
+        if not isinstance(saved, list) or self.settings.get("ensure_weight_tying"):
+            return False
+        return any(module == name or module.endswith(f".{name}") for name in saved)
+
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The indices of the trained tokens of an embedding."""
         named = [i for key, i in self.tokens.items() if key and (module == key or module.endswith(f".{key}"))]

@@ -69,6 +69,12 @@ class Places:
         longer = self._inner.get(name, [])  # and an adapter that was trained without head
         return [Place(longer[0])] if len(longer) == 1 else []
 
+    def ends(self, stored: str) -> list[str]:
+        """The network's names of one of the files' tensors: more than one where they are tied."""
+        self._make()
+        tied = {name for names in (self._base.aliases, self._tied) for name, own in names.items() if own == stored}
+        return [stored, *sorted(tied)]
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of one of the network's tensors; None where the checkpoint has none."""
         places = self.of(name)

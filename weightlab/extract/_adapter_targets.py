@@ -20,11 +20,17 @@ from weightlab.patches.fit import names_of
 from weightlab.patches.layout import StoredTensor
 from weightlab.sources import Source
 from weightlab.tensors.codes import codes_met, refusal
-from weightlab.tensors.naming import Renames, resolve
+from weightlab.tensors.naming import Renames, infer, resolve
 from weightlab.tensors.naming import options as options_of
+from weightlab.tensors.naming import remedy as tell_renaming
 from weightlab.tensors.order import natural_key
 from weightlab.tensors.select import matches, rename, select
 from weightlab.tensors.spec import TensorSpec
+
+_UNTIED = (
+    "the adapter takes tied tensors apart: merge it with peft (merge_and_unload, save_pretrained), which writes both, "
+    "then take a diff with --allow added"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +139,14 @@ def targets_on(adapter: Adapter, base: Source, places: Places, options: AdapterO
 
 class _Fitting:
     def __init__(self, adapter: Adapter, base: Source, places: Places, options: AdapterOptions) -> None:
-        self._adapter, self._base, self._options = adapter, base, options
+        self._adapter, self._base, self._places, self._options = adapter, base, places, options
         self._there = {name: places.of(name) for name in adapter.changes}
         self._found: dict[str, Target] = {}
         self._missing: list[str] = []
         self._lacking: list[str] = []
         self._codes: list[str] = []
         self._wrong: list[str] = []
+        self._untied: list[str] = []
 
     def targets(self) -> dict[str, Target]:
         wanted = self._wanted()
@@ -180,7 +187,7 @@ class _Fitting:
         kept = [[c for c in changes if not _is_there(c, self._base, spec)] for changes in (first, mine)]
         if len(kept[0]) == len(kept[1]) and all(map(same_change, *kept)):
             return True
-        self._wrong.append(f"{ends[0]} and {name}: changed differently, and the model has both as {spec.name}")
+        self._untied.append(f"{ends[0]} and {name}: changed differently, and the model has both as {spec.name}")
         return True
 
     def _add_new(self, name: str, changes: list[Change]) -> None:
@@ -211,10 +218,8 @@ class _Fitting:
             self._wrong += [f"{place.stored} {list(spec.shape)}: {problem}"] if problem else []
             if isinstance(change, Values) and not problem:  # what its factors are added to may have more rows
                 shape = tuple(change.values.shape)
-        if place.tied and ends == 1 and any(isinstance(change, Values) for change in changes):
-            self._missing.append(
-                f"{name}: new values, and the model has it as {place.stored} only, to which it is tied"
-            )
+        if ends == 1 and any(isinstance(change, Values) for change in changes):
+            self._refuse_one_end(name, place)
         if changes:
             target = self._found.setdefault(place.stored, Target(spec, spec))
             target.shares.append(Share(name, changes, place.shape, place.view))
@@ -222,15 +227,29 @@ class _Fitting:
             if place.view is None and rows > (target.after.shape or (0,))[0]:
                 target.after = TensorSpec(place.stored, spec.dtype, (rows, *spec.shape[1:]))
 
+    def _refuse_one_end(self, name: str, place: Place) -> None:
+        """New values of one end of a tie only.
+
+        What `modules_to_save` names is a copy in training, whose other end stays as it was; what peft saves otherwise
+        it saves while both are one.
+        """
+        module, _, own = name.rpartition(".")
+        apart = self._adapter.config.is_apart(module)
+        others = [other for other in self._places.ends(place.stored) if other != name]
+        if place.tied and (apart or own == "weight"):
+            self._untied.append(f"{name}: new values, and the model has it as {place.stored} only, to which it is tied")
+        elif apart and others:
+            self._untied.append(f"{name}: new values, and the model has {', '.join(others)} in the same tensor")
+
     def _raise_any(self) -> None:
         adapter, base = self._adapter, self._base
         if self._codes:
             raise refusal(base, names=self._codes)
-        if self._missing or self._wrong:
+        if self._missing or self._wrong or self._untied:
             raise NamesMismatchError(
                 f"{adapter.label} does not fit {base.label}",
-                "give the model that it was trained on; a head of its own needs a base that was saved with one",
-                [*self._lacking, *self._missing, *self._wrong],
+                _UNTIED if self._untied else self._renaming() or "give the model that it was trained on",
+                [*self._lacking, *self._missing, *self._wrong, *self._untied],
             )
         if self._lacking:
             raise NamesMismatchError(
@@ -239,6 +258,15 @@ class _Fitting:
                 "trained on",
                 self._lacking,
             )
+
+    def _renaming(self) -> str:
+        """The option that gives names a place, where that is all that is wrong; empty where there is none."""
+        nowhere = [name for name, there in self._there.items() if not there]
+        if self._wrong or not nowhere:
+            return ""
+        given, wanted = ({n: TensorSpec(n, "F32", ()) for n in names} for names in (nowhere, names_of(self._base)))
+        found = infer(given, wanted)
+        return tell_renaming(found) if found and found[0].paired == len(nowhere) else ""
 
 
 def _is_there(change: Change, base: Source, spec: TensorSpec) -> bool:

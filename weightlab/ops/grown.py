@@ -53,7 +53,7 @@ def carry_vocabulary(
         place = adapter_at(operand)
         adapter = None if place is None else peft_folder(place)
         if adapter is not None and (rows or any(read_config(adapter).tokens.values())):
-            _take_tokenizer(adapter, found)
+            _take_tokenizer(adapter, found, new=bool(rows))
     return found
 
 
@@ -116,7 +116,10 @@ def _sizes(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _sizes(inner)
 
 
-def _take_tokenizer(adapter: Path, found: Grown) -> None:
+def _take_tokenizer(adapter: Path, found: Grown, *, new: bool) -> None:
+    """Args:
+    new: whether there are tokens that the model's own tokenizer cannot know.
+    """
     names = [name for name in _TOKENIZER if (adapter / name).is_file()]
     twice = [name for name in names if name in found.files]
     files = {name: read_inside(adapter, name, limit=TOKENIZER_BYTES) for name in names}
@@ -124,8 +127,9 @@ def _take_tokenizer(adapter: Path, found: Grown) -> None:
     if differ:
         raise MisfitError("two adapters bring tokenizers that differ", "put them on one by one", differ)
     found.files |= files
-    found.notes.append(
-        f"the tokenizer is that of {adapter}: {', '.join(names)}"
-        if names
-        else f"{adapter} has new tokens and no tokenizer: the model's own is kept, which does not know them"
-    )
+    if names:
+        found.notes.append(f"the tokenizer is that of {adapter}: {', '.join(names)}")
+    elif new:
+        found.notes.append(
+            f"{adapter} has new tokens and no tokenizer: the model's own is kept, which knows none of them"
+        )

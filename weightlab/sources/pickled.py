@@ -7,8 +7,8 @@ mapped file are made. One that names more than plain types is refused all the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -110,11 +110,13 @@ class Found:
     Attributes:
         skipped: {name: what lies beside the tensors and is none}.
         others: {key: number of tensors} of further state dicts in the file.
+        loose: tensors that lie outside of it, and in no other state dict.
     """
 
     state: dict[str, Tensor]
     skipped: Mapping[str, str]
     others: Mapping[str, int]
+    loose: Sequence[str] = ()
 
     def cautions(self, path: Path) -> tuple[str, ...]:
         """What whoever uses it must know, a line each."""
@@ -123,6 +125,10 @@ class Found:
         return (
             *([f"{path.name}: beside the tensors, and skipped as none: {beside}"] if beside else []),
             *([f"{path.name}: further state dicts, which --key names: {further}"] if further else []),
+            *(
+                [f"{path.name}: tensors beside the state dict, and left out: {', '.join(self.loose)}"]
+                * bool(self.loose)
+            ),
         )
 
 
@@ -148,8 +154,28 @@ def load_state(path: Path, key: str | None = None) -> Found:
     if len(taken) != 1:
         what = f"{len(taken)} state dicts" if taken else "no state dict"
         raise InputError(f"{path}: {what} found", _choice(states, file.content), _listed(states))
+    loose = _loose(file.content, taken[0])
+    if loose and not usual:  # which of them is the model is a guess
+        raise InputError(
+            f"{path}: tensors lie beside {taken[0]}, which has {_count(states[taken[0]])} more",
+            f"where these are not the model's, pass --key {taken[0]}; where they are, save all in one dict of tensors",
+            loose,
+        )
     others = {k: _count(v) for k, v in states.items() if k != taken[0] and not k.startswith(f"{taken[0]}.")}
-    return _built(file, states[taken[0]], others)
+    return replace(_built(file, states[taken[0]], others), loose=loose)
+
+
+def _loose(content: Any, key: str) -> list[str]:
+    """The tensors in the dicts around the one at a key."""
+    around, found = [("", content)], []
+    words = key.split(".")
+    for count in range(1, len(words)):
+        head = ".".join(words[:count])
+        around.append((f"{head}.", _at(content, head)))
+    for place, value in around:
+        if isinstance(value, dict):
+            found += [f"{place}{name}"[:200] for name, inner in value.items() if is_tensor(inner)]
+    return found
 
 
 def _choice(states: Mapping[str, Any], content: Any) -> str:

@@ -24,9 +24,9 @@ class Pairing:
 
 
 def extends_rows(base: TensorSpec, tuned: TensorSpec) -> bool:
-    """Whether `tuned` is `base` with rows appended: same dtype kind and columns, more rows, two dimensions or more."""
+    """Whether `tuned` is `base` with rows appended: the same columns, more rows, which a vector has too."""
     return (
-        len(base.shape) == len(tuned.shape) >= 2
+        len(base.shape) == len(tuned.shape) >= 1
         and base.shape[1:] == tuned.shape[1:]
         and tuned.shape[0] > base.shape[0]
     )
