@@ -205,7 +205,12 @@ class PeftModules:
         told = logging.getLogger("peft")
         level = told.level
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            with (
+                warnings.catch_warnings(),
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                torch.sparse.check_sparse_tensor_invariants(),  # indices of SHiRA outside the weight end the process
+            ):
                 warnings.simplefilter("ignore")
                 told.setLevel(logging.ERROR)
                 yield
