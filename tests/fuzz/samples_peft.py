@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "MISS": {**_TARGETS, "r": 2},
     "OFT": {**_TARGETS, "r": 2, "oft_block_size": 0},
     "SHIRA": {**_TARGETS, "r": 1},
-    "SUPERTUNING": _TARGETS,
+    "SUPERTUNING": {**_TARGETS, "sparsity": 0.9},
     "UNILORA": {**_TARGETS, "r": 2, "theta_d_length": 8, "save_indices": True},
     "VBLORA": {**_TARGETS, "num_vectors": 4, "vector_length": 4, "topk": 2, "save_only_topk_weights": True},
     "VERA": {**_TARGETS, "r": 2},
