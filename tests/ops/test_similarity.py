@@ -129,6 +129,17 @@ def test_identify_ranks_a_library(tmp_path: Path) -> None:
         wl.identify(asked, [tmp_path / "weights.safetensors"])
 
 
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    base, same = model(0), tmp_path / "same.safetensors"
+    wl.diff(base, model(0), same)
+    with pytest.raises(NamesMismatchError, match="no tensor to compare"):
+        wl.compare([same, same])
+    save_file({"steps": torch.tensor([1])}, tmp_path / "whole_numbers.safetensors")
+    with pytest.raises(NamesMismatchError, match="no tensor to compare"):
+        wl.compare([tmp_path / "whole_numbers.safetensors"] * 2)
+    assert [(m.cosine, m.shared_tensors) for m in wl.identify(same, [same])] == [(0.0, 0)]
+
+
 def test_picture(tmp_path: Path) -> None:
     found = wl.compare(saved(tmp_path, 1, 2, 3))
     plot_comparison(found, tmp_path / "p.png")

@@ -73,7 +73,7 @@ def gram(sources: Sequence[Source], names: Sequence[str], resources: Resources) 
 
 
 def joined(products: Mapping[str, Gram], names: Sequence[str]) -> Gram:
-    """The inner products over several tensors together; the largest shape of nothing is one of zeros."""
+    """The inner products over several tensors together; there is at least one product."""
     return sum((products[name] for name in names), start=np.zeros_like(next(iter(products.values()))))
 
 

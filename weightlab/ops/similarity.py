@@ -104,7 +104,7 @@ def compare(
 
     Raises:
         UsageError: fewer than two, or patches beside checkpoints without a base.
-        NamesMismatchError: lists the tensors whose shapes differ.
+        NamesMismatchError: lists the tensors whose shapes differ; or none of them has a tensor to compare.
     """
     if len(operands) < 2:
         raise UsageError("there is nothing to compare with", "give two or more")
@@ -112,6 +112,10 @@ def compare(
     chosen = Chosen(patterns(include), patterns(exclude), renames)
     with _vectors(operands, base, key, wait, resources, chosen) as (sources, source, kind):
         names = _summable(sources, chosen)
+        if not names:
+            raise NamesMismatchError(
+                "there is no tensor to compare: none of them has floats, or nothing is changed", "give others"
+            )
         products = gram(sources, names, resources)
         weights = 0.0 if source is None else _norm(source, names, resources)
     count = len(sources)
@@ -165,9 +169,9 @@ def identify(
             if kind != "changes":
                 raise UsageError("checkpoints are not identified", "give patches")
             names = _summable(sources, chosen)
-            both = joined(gram(sources, names, resources), names)
+            alike = cosine(joined(gram(sources, names, resources), names), 0, 1) if names else 0.0
             shared = sum(all(n in s.specs for s in sources) for n in names)
-        matches.append(Match(_label(entry), cosine(both, 0, 1), shared))
+        matches.append(Match(_label(entry), alike, shared))
     return sorted(matches, key=lambda m: (-m.cosine, m.label))
 
 
