@@ -209,7 +209,8 @@ class PeftModules:
                 warnings.catch_warnings(),
                 torch.random.fork_rng(devices=[]),
                 torch.no_grad(),
-                torch.sparse.check_sparse_tensor_invariants(),  # indices of SHiRA outside the weight end the process
+                # Indices of SHiRA outside the weight would end the process.
+                torch.sparse.check_sparse_tensor_invariants(),  # type: ignore[no-untyped-call]
             ):
                 warnings.simplefilter("ignore")
                 told.setLevel(logging.ERROR)
