@@ -262,6 +262,19 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("index", [10**6, -1])
+def test_indices_of_shira_outside_the_weight(tmp_path: Path, index: int) -> None:
+    """Without a check torch writes there, and the process ends."""
+    base, adapter, _ = made(tmp_path, "shira")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "indices" in name)[1, 0] = index
+    save_file(tensors, file)
+    with pytest.raises(MisfitError, match="ind"):
+        wl.apply(base, adapter, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_that_this_peft_does_not_know(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path, "loha")
     path = adapter / "adapter_config.json"

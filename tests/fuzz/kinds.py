@@ -36,7 +36,10 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
-_MODULES = ("models", "patches", "stacks", "texts", "adapters", "pickles", "twins")
+_MODULES = (
+    *("models", "parts", "patches", "stacks", "texts", "pickles", "twins"),
+    *("adapters", "forms", "peft"),
+)
 
 
 def kind(

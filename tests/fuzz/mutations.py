@@ -227,8 +227,83 @@ def of_yaml(data: bytes, random: Random) -> bytes:
     return b"{" + odd.replace("\n", " ").encode(errors="replace") + b", " + body
 
 
+_SAME_SIZE = {
+    "F32": ("I32", "U32"),
+    "BF16": ("F16", "I16", "U16"),
+    "F16": ("BF16", "I16"),
+    "I64": ("F64", "U64", "C64"),
+    "F8_E4M3": ("U8", "I8", "BOOL", "F8_E5M2", "F8_E8M0", "F4"),
+    "I8": ("U8", "BOOL", "F8_E4M3"),
+    "U8": ("I8", "BOOL", "F8_E4M3"),
+}
+_VALUES = [
+    b"\x00\x00\xc0\x7f",
+    b"\x00\x00\x80\x7f",
+    b"\xff\xff\x7f\x7f",
+    b"\x01\x00\x00\x00",
+    b"\xff\xff\xff\xff",
+    b"\0" * 4,
+]
+"""A NaN, infinity, the largest and the smallest number of fp32; -1; 0."""
+
+
+def _shaped(shape: list[int], random: Random) -> list[int]:
+    """Another shape of as many elements."""
+    count = 1
+    for size in shape:
+        count *= size
+    factors = [n for n in range(1, min(count, 64) + 1) if count % n == 0]
+    cut = random.choice(factors) if factors else 1
+    return random.choice([shape[::-1], [count], [cut, count // cut], [1, *shape], [*shape, 1], [count // cut, 1, cut]])
+
+
+def _other_tensors(data: bytes, random: Random) -> bytes:
+    """A whole safetensors file with other tensors in it: renamed, of another shape or dtype, gone, or other values."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, values = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    names = [name for name in header if name != "__metadata__"]
+    for _ in range(random.choice([1, 1, 2])):
+        if not names:
+            break
+        name = random.choice(names)
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        choice = random.random()
+        if choice < 0.25:
+            heads = [name, name.partition(".")[2], f"model.{name}", name.rpartition(".")[0], name.replace("0", "1")]
+            header[random.choice([*heads, name + ".x", "x", random.choice(names) + "_"]) or "x"] = header.pop(name)
+            names = [each for each in header if each != "__metadata__"]
+        elif choice < 0.5:
+            entry["shape"] = _shaped(entry["shape"], random)
+        elif choice < 0.65:
+            entry["dtype"] = random.choice(_SAME_SIZE.get(entry["dtype"], (entry["dtype"],)))
+        elif choice < 0.75:
+            del values[start:end], header[name]
+            names.remove(name)
+            for other in names:
+                at = header[other]["data_offsets"]
+                if at[0] >= end:
+                    header[other]["data_offsets"] = [at[0] - end + start, at[1] - end + start]
+        elif choice < 0.8:
+            size = random.choice([0, 0, 8])
+            shape = [size // 4, *random.choice([[], [1], [0]])] if not size else [size // 4]
+            header["new"] = {"dtype": "F32", "shape": shape, "data_offsets": [len(values), len(values) + size]}
+            values += bytes(size)
+        elif end - start >= 4:
+            at = start + 4 * random.randrange((end - start) // 4)
+            values[at : at + 4] = random.choice(_VALUES)
+    if random.random() < 0.2:
+        told = header.get("__metadata__")
+        if told:
+            told.pop(random.choice(list(told)))
+    changed = json.dumps(header).encode()
+    return struct.pack("<Q", len(changed)) + changed + bytes(values)
+
+
 def of_safetensors(data: bytes, random: Random) -> bytes:
-    """A safetensors file: its header as JSON, its length, its bytes."""
+    """A safetensors file: other tensors in it, its header as JSON, its length, its bytes."""
+    if random.random() < 0.35:
+        return _other_tensors(data, random)
     if random.random() < 0.35:
         head = 8 + struct.unpack("<Q", data[:8])[0]
         if random.random() < 0.5:

@@ -38,7 +38,7 @@ def _save(folder: Path, tensors: dict[str, Tensor], pickled: bool = False, **con
     place = folder / "adapter"
     place.mkdir()
     common = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    common["fan_in_fan_out"] = False
+    common["fan_in_fan_out"] = False  # q_proj is square
     (place / "adapter_config.json").write_text(json.dumps(common | config))
     if pickled:
         torch.save(tensors, place / "adapter_model.bin")

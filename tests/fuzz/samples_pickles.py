@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import json
+import types
 from pathlib import Path
 
+import numpy
 import torch
 
 import weightlab as wl
@@ -43,6 +47,35 @@ def _legacy(folder: Path) -> None:
 def _nested(folder: Path) -> None:
     _begin(folder)
     torch.save({"state_dict": state(), "epoch": 3, "note": "x", "lr": [0.1]}, folder / "model" / "model.pt")
+
+
+def _of_training() -> dict[str, object]:
+    """What trainers keep beside the weights, and tensors that share a storage, or lie in it in their own way."""
+    weights = collections.OrderedDict(state())
+    weights["tied"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.arange(64.0).reshape(8, 8).T
+    weights["extra"] = None  # type: ignore[assignment]
+    options = argparse.Namespace(lr=0.1, betas=(0.9, 0.99), device=torch.device("cpu"), path=Path("a/b"))
+    moments = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    return {
+        "model": weights,
+        "optimizer": moments,
+        "args": options,
+        "more": types.SimpleNamespace(best=numpy.float64(0.5), loss=numpy.arange(3), kind=numpy.dtype("float32")),
+        "epoch": 3,
+    }
+
+
+@kind("pickle of training", {"model/model.pt": of_zip}, READERS, share=4)
+def _training(folder: Path) -> None:
+    _begin(folder)
+    torch.save(_of_training(), folder / "model" / "model.pt")
+
+
+@kind("old pickle of training", {"model/model.pt": of_bytes}, READERS, share=3)
+def _old_training(folder: Path) -> None:
+    _begin(folder)
+    torch.save(_of_training(), folder / "model" / "model.pt", _use_new_zipfile_serialization=False)
 
 
 @kind("pickle index", {"model/*.index.json": of_json}, READERS, share=4)

@@ -13,7 +13,7 @@ from weightlab.twin.routing import open_router, router_for
 READERS = {
     "open": lambda d: wl.open_twin(d / "twin"),
     "router": lambda d: open_router(wl.open_twin(d / "twin")),
-    "export": lambda d: wl.twin_export(d / "twin", d / "out", base=d / "base"),
+    "export": lambda d: wl.twin_export(d / "twin", d / "out", base=d / "base", rank=1),
 }
 
 

@@ -13,6 +13,7 @@ CHUNKS, INPUTS = 20, 100
 
 pytest.importorskip("transformers", reason="transformers is in the extra lm")
 pytest.importorskip("gguf", reason="gguf is an extra")
+pytest.importorskip("peft", reason="peft is an extra")
 
 
 @pytest.fixture(scope="module")

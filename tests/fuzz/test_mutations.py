@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from tests.fuzz import trial
 from tests.fuzz.kinds import Kind, Reader
@@ -33,6 +34,25 @@ def test_keys_come_twice_and_texts_in_texts_are_changed() -> None:
     made = [of_json(TREE, Random(seed)) for seed in range(2000)]
     assert any(changed.count(b'"e":') > 1 for changed in made)
     assert any(b'\\"inner\\"' in changed and b'\\"inner\\": [1, 2]' not in changed for changed in made)
+
+
+def test_files_stay_whole_with_other_tensors_in_them(tmp_path: Path) -> None:
+    """Of a third of the inputs only the tensors are others, so that what reads them gets behind the header."""
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.bfloat16)}
+    changes = set()
+    for seed in range(400):
+        (tmp_path / "x").write_bytes(of_safetensors(save(tensors), Random(seed)))
+        try:
+            found = load_file(tmp_path / "x")
+        except SafetensorError:
+            continue
+        changes |= {"name"} if found.keys() - tensors.keys() else set()
+        changes |= {"gone"} if len(found) < len(tensors) else set()
+        for name in found.keys() & tensors.keys():
+            changes |= {"shape"} if found[name].shape != tensors[name].shape else set()
+            changes |= {"dtype"} if found[name].dtype != tensors[name].dtype else set()
+            changes |= {"NaN"} if found[name].is_floating_point() and found[name].isnan().any() else set()
+    assert changes == {"name", "gone", "shape", "dtype", "NaN"}
 
 
 def _kind(reader: Reader) -> Kind:

@@ -60,7 +60,9 @@ class Fuzzer:
         if kind.name not in self._made:
             folder = Path(self._home.name) / "valid" / kind.name
             folder.mkdir(parents=True)
-            kind.make(folder)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries that make models and adapters
+                kind.make(folder)
             found = [(p, g) for g in kind.spoiled for p in sorted(folder.glob(g)) if p.is_file()]
             unused = [glob for glob in kind.spoiled if glob not in {g for _, g in found}]
             if unused:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightlab as wl
-from weightlab.errors import NamesMismatchError, UsageError, WrongBaseError
+from weightlab.errors import MisfitError, NamesMismatchError, UsageError, WrongBaseError
 from weightlab.ops.plot_comparison import plot_comparison
 
 State = dict[str, Tensor]
@@ -127,6 +127,17 @@ def test_identify_ranks_a_library(tmp_path: Path) -> None:
     save_file(model(1), tmp_path / "weights.safetensors")
     with pytest.raises(UsageError):
         wl.identify(asked, [tmp_path / "weights.safetensors"])
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    base, same = model(0), tmp_path / "same.safetensors"
+    wl.diff(base, model(0), same)
+    with pytest.raises(MisfitError, match="no tensor to compare"):
+        wl.compare([same, same])
+    save_file({"steps": torch.tensor([1])}, tmp_path / "whole_numbers.safetensors")
+    with pytest.raises(MisfitError, match="no tensor to compare"):
+        wl.compare([tmp_path / "whole_numbers.safetensors"] * 2)
+    assert [(m.cosine, m.shared_tensors) for m in wl.identify(same, [same])] == [(0.0, 0)]
 
 
 def test_picture(tmp_path: Path) -> None:

@@ -205,7 +205,13 @@ class PeftModules:
         told = logging.getLogger("peft")
         level = told.level
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            with (
+                warnings.catch_warnings(),
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                # Indices of SHiRA outside the weight would end the process.
+                torch.sparse.check_sparse_tensor_invariants(),  # type: ignore[no-untyped-call]
+            ):
                 warnings.simplefilter("ignore")
                 told.setLevel(logging.ERROR)
                 yield

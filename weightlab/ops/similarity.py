@@ -115,7 +115,7 @@ def compare(
         names = _summable(sources, chosen)
         if not names:
             raise MisfitError(
-                "none of them has a tensor that can be summed: integers and codes of quantised checkpoints cannot",
+                "there is no tensor to compare: nothing is changed, or all are integers and codes, which have no sums",
                 "compare them bit for bit with `weightlab diff A B`",
             )
         products = gram(sources, names, resources)

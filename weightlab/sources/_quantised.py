@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from weightlab.errors import MalformedFileError
-from weightlab.files.foreign import check_depth, read_bytes, validated
+from weightlab.files.foreign import read_json
 from weightlab.sources._exempt import exempt_modules, exempted
 from weightlab.sources._formats import ACTIVATIONS, FP8, PACKED, found_in
 from weightlab.tensors.codes import Code
@@ -78,12 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        tree = json.loads(read_bytes(path).decode("utf-8"))  # with Infinity, which the configurations of Mamba have
-        check_depth(tree)
-    except (ValueError, RecursionError) as error:
-        raise MalformedFileError(f"{path}: {error}", "mend or replace the file") from error
-    config: dict[str, Any] = validated(tree, dict[str, Any], str(path))
+    config: dict[str, Any] = read_json(path, dict[str, Any], constants=True)  # those of Mamba have Infinity
     return config
 
 

@@ -76,16 +76,21 @@ class MemorySource:
         """The tensor's bytes, flat. A copy that this takes is kept until another tensor needs one."""
         tensor = self.tensors[name]
         if tensor.is_contiguous() and tensor.device.type == "cpu":
-            return tensor.reshape(-1).view(torch.uint8)
+            return _flat(tensor)
         with self._lock:
             copied, flat = self._copy
             if copied != name:
-                flat = tensor.contiguous().reshape(-1).cpu().view(torch.uint8)
+                flat = _flat(tensor.cpu().contiguous())
                 self._copy = name, flat
             return flat
 
     def close(self) -> None:
         """Nothing to give back: the tensors belong to the caller."""
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor. One of a single element may have any stride, with which `view` fails."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _logical_shape(tensor: Tensor) -> tuple[int, ...]:
