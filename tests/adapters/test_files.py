@@ -303,3 +303,11 @@ def test_what_was_trained_on_changed_weights_is_refused(tmp_path: Path, started:
 @pytest.mark.parametrize("started", [True, False, "gaussian", "eva", "orthogonal", None])
 def test_how_else_it_was_started_does_not_matter(tmp_path: Path, started: Any) -> None:
     is_right(adapter(tmp_path / "a", FACTORS, init_lora_weights=started))
+
+
+def test_a_rank_that_is_not_the_configuration_s_is_refused(tmp_path: Path) -> None:
+    """alpha is divided by the rank: of the file or of the configuration would be two different models."""
+    with pytest.raises(MalformedFileError, match="make no sense") as caught:
+        wl.apply(base(), adapter(tmp_path / "a", FACTORS, r=8, rank_pattern={"layer": 3}))
+    assert caught.value.offenders == ("layer: rank 2 in the file, 3 in adapter_config.json",)
+    wl.apply(base(), adapter(tmp_path / "b", FACTORS, r=8, rank_pattern={"layer": 2}))

@@ -120,6 +120,12 @@ class AdapterConfig:
         alpha: float = matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    def rank_of(self, module: str) -> int | None:
+        """The rank that a module has by the configuration; None where it says none."""
+        rank = self.settings.get("r")
+        found = matched(self.settings.get("rank_pattern") or {}, module, rank)
+        return found if isinstance(found, int) and found > 0 else None
+
     def parameters_of(self, module: str) -> list[str]:
         """The names of the parameters of a module that are targets themselves, stacked experts for instance."""
         pairs = [target.rpartition(".") for target in self.parameters]

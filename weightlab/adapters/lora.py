@@ -54,7 +54,8 @@ class LoraModules:
                 "use it with peft, on the model; or leave it out when you train",
                 grouped,
             )
-        wrong = [f"{module}: {problem}" for module, parts in self.modules.items() if (problem := _problem(parts))]
+        problems = {m: _problem(parts) or self._other_rank(m, parts) for m, parts in self.modules.items()}
+        wrong = [f"{module}: {problem}" for module, problem in problems.items() if problem]
         wrong += [f"{m}: more parameters than target_parameters names" for m in self.modules if self._too_deep(m)]
         wrong += [
             f"{module}: {' and '.join(sorted(parts.keys() - {'lora_A.weight', 'lora_B.weight'}))} on a parameter"
@@ -69,6 +70,16 @@ class LoraModules:
             for name, change in self._of(module, parts):
                 found.setdefault(name, []).append(change)
         return found
+
+    def _other_rank(self, module: str, parts: Mapping[str, Tensor]) -> str:
+        """Why a module's rank is not the configuration's, by which alpha is divided; peft does not load such a file."""
+        owner = owner_of(module)
+        down = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
+        expected = self.config.rank_of(owner)
+        if down is None or not down.ndim or expected is None or self.config.parameters_of(owner):
+            return ""
+        rank = down.shape[0]
+        return "" if rank == expected else f"rank {rank} in the file, {expected} in adapter_config.json"
 
     def _of(self, module: str, parts: Mapping[str, Tensor]) -> list[tuple[str, Change]]:
         owner = owner_of(module)
