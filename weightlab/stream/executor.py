@@ -21,7 +21,7 @@ from weightlab.tensors.workspace import Workspace
 
 # Threads that do short tasks wait for one another's interpreter more than they work: on 40,000 tensors of 64 elements
 # two took longer than one. So one works alone for as long as tasks are short (seconds, each); it is looked at so often.
-_SHORT, _GLANCE = 0.001, 0.01
+_SHORT, _GLANCE = 0.001, 0.003
 Task = TypeVar("Task")
 DEFAULT_MEMORY = 512 * 2**20
 _INTERPRETER = 288 * 2**20  # measured: python, torch and the other imports
