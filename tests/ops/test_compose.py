@@ -120,3 +120,13 @@ def test_a_sum_of_nothing_left_is_an_empty_patch() -> None:
     zero = wl.compose([one, wl.compose([-one])])
     assert not zero.records
     assert all(torch.equal(t, BASE[n]) for n, t in wl.apply(BASE, zero).items())
+
+
+def test_the_base_is_told_where_all_patches_have_one() -> None:
+    """Composed as differences, without the base: patches of one base are for it, those of two for none."""
+    base, other = {"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}
+    first, second = (wl.diff(base, {"w": torch.full((2, 2), v)}, encode="dense") for v in (2.0, 3.0))
+    foreign = wl.diff(other, {"w": torch.full((2, 2), 5.0)}, encode="dense")
+    assert first.header.base.fingerprint is not None
+    assert wl.compose([first, second], encode="dense").header.base.fingerprint == first.header.base.fingerprint
+    assert wl.compose([first, foreign], encode="dense").header.base.fingerprint is None

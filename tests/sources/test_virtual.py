@@ -174,3 +174,9 @@ def test_projected_and_joined() -> None:
     assert set(both.specs) == {"a", "b", "n"} and both.opaque == {"n"} and both.label == "both"
     with pytest.raises(AssertionError):
         JoinedSource([source, source], "twice")
+
+
+def test_under_another_name_what_has_no_sums_has_none() -> None:
+    held = MemorySource({"embed": torch.ones(2, 2), "steps": torch.tensor([1, 2])})
+    shown = NamedSource(held, {"head": "embed", "count": "steps"})
+    assert shown.opaque == {"count"} and shown.specs.keys() == {"head", "count"}
